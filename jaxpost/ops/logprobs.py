@@ -1,0 +1,183 @@
+"""Log-probabilities of tokens from hidden states, without ever holding [B, T, V].
+
+The head's product is made in chunks of positions, forward and again backward (its gradient accumulates in f32: a bf16
+accumulator is 2 % off). Positions that nobody asked for are sorted to the end of their row and never computed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost.types import Array, Rows, record
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["scale", "soft_cap"]
+)
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (hidden @ weight.T + bias)), cap(u) = soft_cap * tanh(u / soft_cap)."""
+
+    weight: Array  # [V, D]
+    bias: Array | None = None  # [V]
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+@record
+class TokenStats:
+    """Per position, f32, 0 where not asked for. Only `logps` and `entropy` (nats) carry gradients."""
+
+    logps: Array
+    entropy: Array
+    mean_logit: Array  # mean over the vocabulary
+    log_sum_sq_probs: Array  # log of sum_v p_v^2 (WPO's weight)
+    is_top1: Array  # 1 where the target is the most likely token
+
+
+def row_logps(hidden: Array, head: Head, rows: Rows, *, temperature: float = 1.0, chunk: int = 1024) -> TokenStats:
+    """Statistics [B, T] aligned with `rows.tokens` as targets; computed where `rows.weights` is not 0.
+
+    hidden [B, T, D] at t predicts the token at t + 1 (types.Rows says why no gather is needed).
+    """
+    later = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
+    scored = later(rows.weights != 0).at[:, -1].set(False)
+    stats = token_logps(hidden, head, later(rows.tokens), scored, temperature=temperature, chunk=chunk)
+    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)  # the last position is unscored, so 0 comes in front
+
+
+def token_logps(
+    hidden: Array, head: Head, targets: Array, scored: Array | None = None, *, temperature: float = 1.0, chunk: int = 1024
+) -> TokenStats:
+    """Log-probability and entropy of `targets` under softmax(logits / temperature).
+
+    Args:
+      hidden: [B, T, D]; the state at t predicts targets[:, t].
+      head: the unembedding; products are made in the type of `hidden`, everything after them in f32.
+      targets: int32[B, T], in [0, V) where scored.
+      scored: bool[B, T], the positions asked for (default: all).
+      temperature: divides the logits, as the sampler does.
+      chunk: positions (over all rows) whose logits are held at once.
+    """
+    if hidden.ndim != 3 or targets.shape != hidden.shape[:2]:
+        raise ValueError(f"token_logps wants hidden [B, T, D] and targets [B, T], not {hidden.shape}, {targets.shape}")
+    if scored is None:
+        scored = jnp.ones(targets.shape, bool)
+    width = max(1, min(chunk // targets.shape[0], targets.shape[1]))
+    static = (width, float(temperature), head.scale, head.soft_cap)
+    outputs = _chunked(static, hidden, head.weight, head.bias, targets, scored)
+    return TokenStats(*outputs[:2], *jax.lax.stop_gradient(outputs[2:]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(static, hidden, weight, bias, targets, scored):
+    return _forward(static, hidden, weight, bias, targets, scored)[0]
+
+
+def _forward(static, hidden, weight, bias, targets, scored):
+    width = static[0]
+    order, chunks = _plan(scored, width)
+    sorted_hidden = _permute(hidden, order, width)
+    sorted_targets = _permute(targets, order, width)
+    table = weight.astype(hidden.dtype)
+
+    def body(i, outputs):
+        h, y = _slice(sorted_hidden, i, width), _slice(sorted_targets, i, width)
+        raw, z, _ = _logits(static, h, table, bias)
+        top = z.max(-1)
+        shifted = z - top[..., None]
+        exp = jnp.exp(shifted)
+        total = exp.sum(-1)
+        lse = jnp.log(total)
+        pick = lambda x: jnp.take_along_axis(x, y[..., None], axis=-1)[..., 0]  # noqa: B023, E731
+        new = (
+            pick(shifted) - lse,
+            lse - (exp * shifted).sum(-1) / total,
+            z.mean(-1),
+            jnp.log((exp * exp).sum(-1)) - 2 * lse,
+            (pick(raw) >= raw.max(-1)).astype(jnp.float32),  # before the division, whose rounding differs by fusion
+            top + lse,
+        )
+        return tuple(jax.lax.dynamic_update_slice_in_dim(o, n, i * width, 1) for o, n in zip(outputs, new, strict=True))
+
+    zeros = tuple(jnp.zeros(sorted_targets.shape, jnp.float32) for _ in range(6))
+    *sorted_stats, log_normaliser = jax.lax.fori_loop(0, chunks, body, zeros)
+    inverse = jnp.argsort(order, axis=1)
+    stats = tuple(
+        jnp.where(scored, jnp.take_along_axis(s[:, : scored.shape[1]], inverse, axis=1), 0) for s in sorted_stats
+    )
+    return stats, (hidden, weight, bias, targets, order, chunks, log_normaliser, sorted_stats[1])
+
+
+def _backward(static, residuals, cotangents):
+    hidden, weight, bias, targets, order, chunks, log_normaliser, entropy = residuals
+    width, temperature, scale, soft_cap = static
+    table = weight.astype(hidden.dtype)
+    sorted_hidden, sorted_targets = _permute(hidden, order, width), _permute(targets, order, width)
+    d_logps, d_entropy = (_permute(c, order, width) for c in cotangents[:2])
+
+    def body(i, grads):
+        d_hidden, d_weight, d_bias = grads
+        h, y, c, d, lse, ent = (
+            _slice(x, i, width)[..., None] if x.ndim == 2 else _slice(x, i, width)
+            for x in (sorted_hidden, sorted_targets, d_logps, d_entropy, log_normaliser, entropy)
+        )
+        _, z, capped = _logits(static, h, table, bias)
+        logp = z - lse
+        hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == y
+        dz = jnp.where(hit, c, 0) - jnp.exp(logp) * (c + d * (logp + ent))
+        if soft_cap is not None:
+            dz = dz * (1 - capped * capped)  # capped = tanh(logit / soft_cap)
+        dz = (dz * (scale / temperature)).astype(hidden.dtype)
+        d_weight = d_weight + jnp.einsum("btv,btd->vd", dz, h, preferred_element_type=jnp.float32)
+        d_h = jnp.einsum("btv,vd->btd", dz, table, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        if bias is not None:
+            d_bias = d_bias + dz.astype(jnp.float32).sum((0, 1))
+        return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, i * width, 1), d_weight, d_bias
+
+    start = (
+        jnp.zeros_like(sorted_hidden),
+        jnp.zeros(weight.shape, jnp.float32),
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+    )
+    d_hidden, d_weight, d_bias = jax.lax.fori_loop(0, chunks, body, start)
+    inverse = jnp.argsort(order, axis=1)
+    d_hidden = jnp.take_along_axis(d_hidden[:, : hidden.shape[1]], inverse[..., None], axis=1)
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    return d_hidden, d_weight.astype(weight.dtype), d_bias, None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _plan(scored, width):
+    """Order that puts the scored positions of each row first, and how many chunks hold any."""
+    order = jnp.argsort(~scored, axis=1, stable=True)
+    longest = scored.sum(1).max()
+    return order, (longest + width - 1) // width
+
+
+def _permute(x, order, width):
+    """x [B, T, ...] in sorted order, padded along T to a multiple of width."""
+    index = order if x.ndim == 2 else order[..., None]
+    x = jnp.take_along_axis(x, index, axis=1)
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _slice(x, i, width):
+    return jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1)
+
+
+def _logits(static, h, table, bias):
+    """f32 [B, w, V]: products of the head, logits over temperature, and tanh(logit / soft_cap) where there is a cap."""
+    _, temperature, scale, soft_cap = static
+    raw = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32)
+    if bias is not None:
+        raw = raw + bias.astype(jnp.float32)
+    z, capped = raw * scale, None
+    if soft_cap is not None:
+        capped = jnp.tanh(z / soft_cap)
+        z = capped * soft_cap
+    return raw, z / temperature, capped
