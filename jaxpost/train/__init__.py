@@ -1,0 +1,1 @@
+"""Training: the step, objectives, the optimizer, checkpoints, metrics and the loop that every offline stage shares."""

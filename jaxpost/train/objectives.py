@@ -1,0 +1,86 @@
+"""Objectives: what a step minimises, from a policy and a loss of `jaxpost.losses`."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost.losses.preference import PairLogps, implicit_rewards
+from jaxpost.ops.completions import completion_sums
+from jaxpost.ops.logprobs import row_logps
+from jaxpost.types import Batch, Mean, Term
+
+CHOSEN, REJECTED = 0, 1  # branches of a pair, in this order
+
+
+def sft_objective(policy, loss, *, chunk: int):
+    """Mean over trained tokens of `loss(logps) * weight` (`losses.sft`). frozen and carry are not read."""
+
+    def objective(params, frozen, carry, batch: Batch, key):
+        rows = batch.rows
+        stats = row_logps(policy.hidden(params, rows), policy.head(params), rows, chunk=chunk)
+        term = Mean((loss(stats.logps) * rows.weights).sum(), rows.weights.sum())
+        return {"nll": Term(1.0, term)}, jax.lax.stop_gradient(token_metrics(stats, rows))
+
+    return objective
+
+
+def preference_objective(policy, loss, *, beta: float, chunk: int, reference_policy=None):
+    """Mean over pairs of `loss(policy, reference)` (`losses.preference`, hyperparameters bound).
+
+    Reference log-probabilities come with the batch (`batch.token["reference_logps"]`, cached), or, where
+    `reference_policy` is given, from `frozen["reference"]` in this step. `beta` is for the logged rewards.
+    """
+
+    def objective(params, frozen, carry, batch: Batch, key):
+        rows, mask = batch.rows, batch.completion["mask"]
+        stats = row_logps(policy.hidden(params, rows), policy.head(params), rows, chunk=chunk)
+        if reference_policy is None:
+            reference_logps = batch.token["reference_logps"]
+        else:
+            reference_logps = token_logps_of(reference_policy, frozen["reference"], rows, chunk=chunk)
+        policy_pairs = pairs(stats.logps, batch)
+        reference_pairs = pairs(jax.lax.stop_gradient(reference_logps), batch)
+        valid = (mask[..., CHOSEN] * mask[..., REJECTED]).reshape(-1)
+        term = Mean((loss(policy_pairs, reference_pairs) * valid).sum(), valid.sum())
+        rewards = implicit_rewards(policy_pairs, reference_pairs, beta=beta)
+        metrics = pair_metrics(policy_pairs, rewards, valid) | token_metrics(stats, rows)
+        return {"preference": Term(1.0, term)}, jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def token_logps_of(policy, params, rows, *, chunk: int):
+    """f32[B, T]: log-probability of each trained token."""
+    return row_logps(policy.hidden(params, rows), policy.head(params), rows, chunk=chunk).logps
+
+
+def pairs(logps, batch: Batch) -> PairLogps:
+    """Sums over the tokens of each completion, as P = B * M pairs."""
+    documents, branches = batch.completion["mask"].shape[1:]
+    sums = completion_sums(logps * (batch.rows.weights != 0), batch.rows, documents, branches)
+    tokens = completion_sums((batch.rows.weights != 0).astype(jnp.float32), batch.rows, documents, branches)
+    flat = lambda x, branch: x[..., branch].reshape(-1)  # noqa: E731
+    return PairLogps(flat(sums, CHOSEN), flat(sums, REJECTED), flat(tokens, CHOSEN), flat(tokens, REJECTED))
+
+
+def pair_metrics(policy: PairLogps, rewards, valid) -> dict[str, Mean]:
+    """The quantities that TRL logs for preference losses, under its names (a tie counts as wrong, as there)."""
+    chosen, rejected = rewards
+    count = valid.sum()
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+    return {name: Mean((value * valid).sum(), count) for name, value in values.items()}
+
+
+def token_metrics(stats, rows) -> dict[str, Mean]:
+    """Means over trained tokens."""
+    weights = rows.weights
+    return {
+        "mean_token_accuracy": Mean((stats.is_top1 * weights).sum(), weights.sum()),
+        "entropy": Mean((stats.entropy * weights).sum(), weights.sum()),
+    }

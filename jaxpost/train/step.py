@@ -1,0 +1,110 @@
+"""One train step for all stages: gradient of an objective, exact under accumulation, and an optimizer update.
+
+An objective is `(params, frozen, carry, batch, key) -> ({name: Term}, {name: Mean})`, pure, hyperparameters bound.
+The loss is the sum over terms of coefficient * total / weight.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpost.types import Batch, Mean, TrainState
+
+
+def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1):
+    """`(state, frozen, batch) -> (state, metrics)`, to be jit-compiled at the edge with the state donated.
+
+    The batch is cut into `accumulate` microbatches. Weights of terms depend on the batch alone; they are summed over
+    the whole step before the backward pass, so the gradient is that of the whole batch, whatever `accumulate` is.
+    Raises ValueError when accumulate does not divide the rows of the batch.
+    """
+
+    def step(state: TrainState, frozen, batch: Batch):
+        key = jax.random.fold_in(state.key, state.step)
+        micro = _microbatches(batch, accumulate)
+        keys = jax.random.split(key, accumulate)
+        weights = _step_weights(objective, state, frozen, micro, keys)
+
+        def loss_fn(params, batch, key):
+            terms, metrics = objective(params, frozen, state.carry, batch, key)
+            shares = {name: term.coefficient * term.mean.total / weights[name] for name, term in terms.items()}
+            loss = sum(shares.values())
+            return loss, {"loss": Mean(loss, jnp.float32(1)), **_term_metrics(terms), **metrics}
+
+        grads, metrics = _accumulated(jax.grad(loss_fn, has_aux=True), state.params, micro, keys)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))  # microbatch shares add up to the loss
+        metrics["grad_norm"] = Mean(global_norm(grads), jnp.float32(1))
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        return new, metrics
+
+    return step
+
+
+def make_eval_step(objective):
+    """`(params, frozen, carry, batch) -> metrics`: the terms of the loss and the metrics, as Means that add up."""
+
+    def step(params, frozen, carry, batch: Batch):
+        terms, metrics = objective(params, frozen, carry, batch, jax.random.key(0))
+        return {**_term_metrics(terms), **metrics}
+
+    return step
+
+
+def loss_value(metrics: dict[str, Mean], coefficients: dict[str, float]) -> float:
+    """The loss from added-up Means of an evaluation."""
+    return float(sum(c * metrics[f"loss/{name}"].value for name, c in coefficients.items()))
+
+
+def global_norm(tree):
+    """Euclidean norm over all leaves, squares summed in f32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _term_metrics(terms):
+    return {f"loss/{name}": jax.lax.stop_gradient(term.mean) for name, term in terms.items()}
+
+
+def _microbatches(batch, accumulate):
+    """Leaves [B, ...] -> [accumulate, B / accumulate, ...].
+
+    Rows are dealt out in turn: `reshape(accumulate, -1)` of a sharded batch would gather it on every device.
+    """
+
+    def deal(x):
+        if x.shape[0] % accumulate:
+            raise ValueError(f"accumulate = {accumulate} does not divide {x.shape[0]} rows")
+        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(deal, batch)
+
+
+def _step_weights(objective, state, frozen, micro, keys):
+    """Weight of each term over the whole step, and 1 where it is 0. The compiler drops all else of this pass."""
+
+    def weights_of(batch_and_key):
+        terms, _ = objective(state.params, frozen, state.carry, *batch_and_key)
+        return {name: term.mean.weight for name, term in terms.items()}
+
+    weights = jax.lax.map(weights_of, (micro, keys))
+    total = jax.tree.map(lambda w: w.sum(0), weights)
+    return jax.lax.stop_gradient(jax.tree.map(lambda w: w + (w == 0), total))
+
+
+def _accumulated(grad_fn, params, micro, keys):
+    """Sum of gradients (f32) and of metrics over microbatches."""
+    accumulate = keys.shape[0]
+    first = jax.tree.map(lambda x: x[0], (micro, keys))
+    if accumulate == 1:
+        return grad_fn(params, *first)
+    zeros = jax.eval_shape(grad_fn, params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), zeros)
+
+    def body(total, batch_and_key):
+        part = grad_fn(params, *batch_and_key)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part), None
+
+    return jax.lax.scan(body, zeros, (micro, keys))[0]
