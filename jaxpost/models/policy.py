@@ -1,0 +1,76 @@
+"""How a step sees a model: pure functions of its parameters."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxpost.models.config import ModelConfig
+from jaxpost.models.decoder import Cache, Decoder
+from jaxpost.ops.attention import Places
+from jaxpost.ops.logprobs import Head
+from jaxpost.types import Array, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A decoder, without its parameters. Hashable, so that it can be a static argument of jit.
+
+    Parameters are plain nested dicts, f32 when initialised; whatever their type, products are in `compute_dtype`.
+    """
+
+    config: ModelConfig
+    compute_dtype: str = "float32"
+    remat: str = "none"  # none | full | dots | dots_no_batch: what the backward pass computes again
+    unroll: bool | None = None  # layers as straight code; None = on CPU only
+
+    def _decoder(self) -> Decoder:
+        unroll = jax.default_backend() == "cpu" if self.unroll is None else self.unroll
+        return Decoder(self.config, self.compute_dtype, self.remat, unroll)
+
+    def _init(self, key):
+        one = jnp.zeros((1, 1), jnp.int32)
+        return self._decoder().init(key, one, Places(one, one, one))["params"]
+
+    def init(self, key: Array) -> Any:
+        """Fresh f32 parameters. jit it with `out_shardings` so that they are born in their shards."""
+        return nn.unbox(self._init(key))
+
+    def abstract(self) -> Any:
+        """The parameters as jax.ShapeDtypeStruct."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def axes(self) -> Any:
+        """The logical axes of every parameter, a tuple of names each (sharding.rules.RULES)."""
+        boxes = jax.eval_shape(self._init, jax.random.key(0))
+        return jax.tree.map(lambda box: box.names, boxes, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+    def hidden(self, params: Any, rows: Rows) -> Array:
+        """Hidden states after the final norm, [B, T, D] in `compute_dtype`."""
+        places = Places(rows.segments, rows.branches, rows.positions)
+        return self._decoder().apply({"params": params}, rows.tokens, places)[0]
+
+    def head(self, params: Any) -> Head:
+        return Head(params["embed" if self.config.tied else "head"]["weight"])
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of `length` slots for `batch` rows."""
+        c = self.config
+        kv = jnp.zeros((c.num_layers, batch, length, c.num_kv_heads, c.head_dim), self.compute_dtype)
+        return Cache(kv, kv, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+
+    def decode(self, params: Any, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Continues every row of the cache by T tokens: a prompt (prefill) or one token (a step).
+
+        Args:
+          tokens: int32[B, T].
+          positions: int32[B, T], -1 on padding (left, right or between): never seen by any query.
+          cache: with T free slots; past its end the oldest result would be overwritten, so callers size it.
+
+        Returns:
+          hidden [B, T, D] (meaningless on padding) and the cache, T slots longer.
+        """
+        places = Places((positions >= 0).astype(jnp.int32), None, positions)
+        return self._decoder().apply({"params": params}, tokens, places, cache)
