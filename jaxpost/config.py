@@ -1,0 +1,264 @@
+"""The configuration: every key a user may set, checked once and before anything is loaded.
+
+A config file (`configs/dpo.py`) has `get_config()` that returns an ml_collections ConfigDict. `load` finds and runs it,
+`override` sets single keys from the command line, and `resolve` turns the result into the frozen dataclasses below.
+Whatever is wrong raises a ConfigError whose one line begins with the key. These fields are the only list of keys.
+"""
+
+import dataclasses
+import importlib.machinery
+import importlib.util
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxpost import schema
+from jaxpost.errors import ConfigError
+from jaxpost.schema import Scalar, Sources, free_keys, key, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = key("folder or file (.model, tokenizer.json); None = the model's", None)
+    template: str | None = key("chat template: a path or `plain`; None = the tokenizer's own", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    train: Sources = key("`embedded`, a path, or a list of paths or [path, weight] pairs")
+    eval: Sources | None = key("as data.train; None = the held-out split of `embedded`, else see eval_examples", None)
+    eval_examples: int = key("where data.eval is None: examples of data.train held out, drawn by run.seed", 200, low=0)
+    format: str = key("name of the record format; auto = by the fields of the first record", "auto")
+    max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
+    on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
+    on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
+    workers: int = key("processes that prepare batches; 0 = a thread of this one", 0, low=0, high=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    name: str | None = key("name in jaxpost.losses or dotted path `pkg.mod:fn`; None = the stage's own", None)
+    hyperparameters: Mapping[str, Scalar] = free_keys("what else stands under loss: the function's keyword arguments")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    path: str | None = key("the reference model, named as model.path; None = the initial weights", None)
+    mode: Literal["cached", "live"] = key("log-probabilities computed once and kept on disk, or each step", "cached")
+    cache_dir: str | None = key("folder of the cached log-probabilities; None = the user's cache folder", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor", "lion", "muon"] = key("muon: on matrices, adamw on the rest", "adamw")
+    learning_rate: float = key("peak, per step", 1e-4, above=0)
+    schedule: Literal["cosine", "linear", "constant"] = key("shape after the warmup", "cosine")
+    warmup_steps: int = key("steps of linear rise from 0 to the peak", 0, low=0)
+    final_fraction: float = key("learning rate of the last step, as a share of the peak", 0.1, low=0, high=1)
+    b1: float = key("decay of the first moment, per step", 0.9, low=0, below=1)
+    b2: float = key("decay of the second moment, per step", 0.999, low=0, below=1)
+    eps: float = key("added to the root of the second moment", 1e-8, above=0)
+    weight_decay: float = key("decoupled; times the learning rate, per step", 0.0, low=0)
+    clip_norm: float | None = key("largest global norm of the gradient; None = off", 1.0, above=0)
+    freeze: tuple[str, ...] = key("regular expressions on parameter paths that stay as they are", ())
+    no_decay: tuple[str, ...] = key("regular expressions on parameter paths without weight decay", ("norm", "bias"))
+    max_bad_steps: int = key("consecutive steps with a non-finite gradient that end the run", 10, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    rows_per_step: int = key("rows of one optimizer step, over all devices and microbatches", 8, low=1)
+    tokens_per_row: int = key("tokens of a packed row", 1024, low=2)
+    accumulate: int = key("microbatches a step is cut into; divides rows_per_step", 1, low=1)
+    documents_per_row: int = key("most documents (conversations, pairs) packed into a row", 16, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = key("devices along `data` (weights copied); -1 = the rest", 1, low=-1)
+    fsdp: int = key("devices along `fsdp` (weights and optimizer state split); -1 = the rest", -1, low=-1)
+    tensor: int = key("devices along `tensor` (heads and mlp split); -1 = the rest", 1, low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    dir: str | None = key("run folder, may be gs://; None = runs/STAGE", None)
+    steps: int | None = key("optimizer steps; this or run.epochs", None, low=1)
+    epochs: int | None = key("passes over data.train; this or run.steps", None, low=1)
+    seed: int = key("of the data order, the held-out draw and every random draw", 0, low=0, high=2**31 - 1)
+    eval_every: int = key("steps between evaluations; 0 = only at the end", 0, low=0)
+    eval_prompts: int = key("held-out prompts completed before and after training; 0 = none", 3, low=0)
+    eval_new_tokens: int = key("most tokens of such a completion", 64, low=1)
+    checkpoint_every: int = key("steps between checkpoints; 0 = only at the end", 0, low=0)
+    keep_last: int = key("newest checkpoints kept", 2, low=1)
+    keep_best: int = key("checkpoints of lowest evaluation loss kept besides", 1, low=0)
+    resume: bool = key("go on from the newest checkpoint of run.dir; afresh where there is none", False)
+    profile: tuple[int, int] | None = key("(first step, steps) of a jax.profiler trace; None = off", None, low=1)
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = key("besides metrics.jsonl", ("tensorboard",))
+    export: bool = key("write the final weights in Hugging Face layout to RUN_DIR/export", True)
+    compilation_cache: str | None = key("folder of compiled programs; None = the user's cache folder, '' = off", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    params: Literal["float32", "bfloat16"] = key("master weights and optimizer moments", "float32")
+    compute: Literal["auto", "float32", "bfloat16"] = key("auto = bfloat16 on accelerators, float32 on CPU", "auto")
+    reference: Literal["auto", "float32", "bfloat16"] = key("weights of the reference; auto = as computed", "auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class RematConfig:
+    policy: Literal["none", "full", "dots", "dots_no_batch"] = key("what the backward pass keeps of a layer", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A resolved configuration. Made by `resolve`, never by hand."""
+
+    stage: Literal["sft", "dpo"] = key("the method")
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    loss: LossConfig
+    reference: ReferenceConfig
+    optimizer: OptimizerConfig
+    batch: BatchConfig
+    mesh: MeshConfig
+    run: RunConfig
+    precision: PrecisionConfig
+    remat: RematConfig
+
+
+DEFAULT_LOSS = {"sft": "nll", "dpo": "sigmoid"}
+STAGES_WITH_REFERENCE = ("dpo",)
+
+
+def resolve(config) -> Config:
+    """ConfigDict, dict or Config -> checked Config with every default filled in; `resolve(to_dict(c)) == c`.
+
+    Raises:
+      ConfigError: unknown key, wrong type, out of range, or keys that contradict each other.
+    """
+    resolved = _fill(schema.convert(Config, to_dict(config)))
+    for name, text in _contradictions(resolved):
+        raise ConfigError(f"{name}: {text}")
+    return resolved
+
+
+def to_json(config) -> str:
+    """What is written to the run folder; `resolve(json.loads(to_json(c))) == c`."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def flatten(config) -> dict[str, Any]:
+    """{"optimizer.learning_rate": 1e-4, ...}"""
+    flat = {}
+    for name, value in to_dict(config).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def differences(a, b) -> dict[str, tuple[Any, Any]]:
+    """{key: (value in a, value in b)} of the keys whose values differ; None where a key is absent."""
+    a, b = flatten(a), flatten(b)
+    return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
+
+
+def find(name: str) -> pathlib.Path:
+    """A path to a file, or the name of a config (`dpo`, `configs/dpo.py`) in ./configs or in the installed package."""
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    spec = importlib.util.find_spec("jaxpost.configs")  # absent in a checkout that is not installed
+    packaged = list(spec.submodule_search_locations) if spec else [pathlib.Path(__file__).parents[1] / "configs"]
+    folders = [pathlib.Path("configs"), *map(pathlib.Path, packaged)]
+    if str(path.parent) in (".", "configs"):
+        for folder in folders:
+            found = folder / f"{path.name.removesuffix('.py')}.py"
+            if found.is_file():
+                return found
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.py")} - {"__init__"})
+    raise ConfigError(f"--config: no file {name}, and no config of that name; there are {', '.join(known)}")
+
+
+def load(name: str) -> dict:
+    """Runs `get_config()` of the file that `find(name)` finds; the result as a nested dict, not yet checked."""
+    path = find(name)
+    module_name = f"jaxpost_config_{path.stem}"
+    loader = importlib.machinery.SourceFileLoader(module_name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(module_name, loader))
+    try:
+        loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"--config: {error.filename}:{error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config: {path} defines no get_config()")
+    return to_dict(module.get_config())
+
+
+def override(values: dict, name: str, text: str) -> None:
+    """Sets one dotted key of a nested dict from the text of a command line, read as the key's type."""
+    field = schema.keys(Config).get(name)
+    section, _, leaf = name.rpartition(".")
+    if field is None and section not in schema.free_sections(Config):
+        raise ConfigError(f"{name}: {schema.unknown(Config, name)}")
+    inner = values.setdefault(section, {}) if section else values
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{section}: expected a section of keys, got {inner!r}")
+    inner[leaf] = schema.read(field.type if field else Scalar, text)
+
+
+def _fill(config: Config) -> Config:
+    """The defaults that depend on other keys."""
+    loss, run, data = config.loss, config.run, config.data
+    if loss.name is None:
+        loss = dataclasses.replace(loss, name=DEFAULT_LOSS[config.stage])
+    if run.dir is None:
+        run = dataclasses.replace(run, dir=f"runs/{config.stage}")
+    if data.eval is None and {path for path, _ in data.train} == {"embedded"}:
+        data = dataclasses.replace(data, eval=(("embedded", 1.0),))
+    return dataclasses.replace(config, loss=loss, run=run, data=data)
+
+
+def _contradictions(c: Config):
+    """Yields (key, what is wrong) for keys that are fine alone but not together."""
+    run, batch, mesh, optimizer = c.run, c.batch, c.mesh, c.optimizer
+    if run.steps is None and run.epochs is None:
+        yield "run.steps", "missing; set run.steps or run.epochs"
+    if run.steps is not None and run.epochs is not None:
+        yield "run.steps", f"{run.steps} contradicts run.epochs={run.epochs}; set one of them, the other to None"
+    if run.steps is not None and optimizer.warmup_steps > run.steps:
+        yield "optimizer.warmup_steps", f"{optimizer.warmup_steps} is more than run.steps={run.steps}"
+    if run.steps is not None and run.profile is not None and sum(run.profile) > run.steps + 1:
+        yield "run.profile", f"{run.profile} ends after run.steps={run.steps}"
+    if batch.rows_per_step % batch.accumulate:
+        yield "batch.accumulate", f"{batch.accumulate} does not divide batch.rows_per_step={batch.rows_per_step}"
+    if c.data.max_tokens is not None and c.data.max_tokens > batch.tokens_per_row:
+        yield "data.max_tokens", f"{c.data.max_tokens} is more than batch.tokens_per_row={batch.tokens_per_row}"
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    for axis, size in sizes.items():
+        if size == 0:
+            yield f"mesh.{axis}", "0 is out of range; expected at least 1, or -1 for the rest"
+    if list(sizes.values()).count(-1) > 1:
+        rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+        yield rest[1], f"-1 (the rest) may stand for one axis only, and {rest[0]} has it"
+    shards = max(mesh.data, 1) * max(mesh.fsdp, 1)  # -1 counts as 1 here: the mesh checks the rest
+    if batch.rows_per_step // batch.accumulate % shards:
+        rows = f"{batch.rows_per_step // batch.accumulate} rows of a microbatch"
+        yield "batch.rows_per_step", f"mesh.data x mesh.fsdp = {shards} devices do not divide the {rows}"
+    if run.eval_every and c.data.eval is None and not c.data.eval_examples:
+        yield "run.eval_every", f"{run.eval_every}, but data.eval is None and data.eval_examples is 0"
+    if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
+        changed = next(k for k in differences(c.reference, ReferenceConfig()))
+        yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
+    if c.reference.mode == "live" and c.reference.cache_dir is not None:
+        yield "reference.cache_dir", "reference.mode='live' keeps nothing on disk; set None"

@@ -1,0 +1,61 @@
+"""Packaging. Tested range: Python 3.11 with jax 0.10.2 (the newest there), Python 3.12 and 3.13 with jax 0.12."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxpost" / "__init__.py").read_text()).group(1)
+
+# Lower bounds are what is tested; upper bounds exclude the next release that may break its interface.
+CORE = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.7,<0.14",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "grain>=0.2.16,<0.3",
+    "etils[epath]>=1.13",
+    "jinja2>=3.1",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.0",
+    "rich>=13",
+    "safetensors>=0.6",
+    "sentencepiece>=0.2.1,<0.3",
+    "tensorboardX>=2.6.4",
+    "tokenizers>=0.22,<0.24",
+]
+TEST = ["pytest>=8.4", "hypothesis>=6.130"]
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "hf": ["huggingface_hub>=0.30"],  # model.path may be a hub name
+    "log": ["wandb>=0.19"],  # run.log_to may name wandb
+    "eval": ["scipy>=1.14"],
+    "test": TEST,
+    "dev": [*TEST, "ruff>=0.12,<0.18", "pre-commit>=4"],
+}
+
+setup(
+    name="jaxpost",
+    version=VERSION,
+    description="Post-training of language models in JAX: pure functions, jit-compiled and sharded",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    # configs/ lies beside the package in the repository, and inside it once installed: `--config=dpo` works in both.
+    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs"],
+    package_dir={"jaxpost.configs": "configs"},
+    package_data={"jaxpost": ["embedded/**/*"]},
+    entry_points={"console_scripts": ["jaxpost = jaxpost.cli:console"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
