@@ -1,1 +1,1 @@
-"""One file a stage, each a lab note with `get_config()`. Installed as `jaxpost.configs`, so `--config=dpo` is found anywhere."""
+"""One file a stage, each a lab note. Installed as `jaxpost.configs`, so that `--config=dpo` is found anywhere."""

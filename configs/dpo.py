@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"  # adamw | adafactor | lion | muon
     config.optimizer.learning_rate = 3e-4  # peak; > 0. Small models take more: 5e-7 to 5e-6 suits 1 B and up
     config.optimizer.schedule = "cosine"  # cosine | linear | constant, after the warmup
-    config.optimizer.warmup_steps = 10  # steps; 0 .. run.steps
+    config.optimizer.warmup_steps = 10  # steps; 0 <= warmup < run.steps
     config.optimizer.final_fraction = 0.1  # share of the peak at the last step; 0 .. 1
     config.optimizer.weight_decay = 0.0  # decoupled, >= 0
     config.optimizer.clip_norm = 1.0  # global norm of the gradient; None = off

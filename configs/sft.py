@@ -1,6 +1,6 @@
 """Supervised fine-tuning (SFT): the model learns to give the assistant's turns of conversations.
 
-Only tokens of assistant turns, their end-of-turn token included, carry loss: the mean negative log-likelihood per token.
+Only the assistant's tokens, end of turn included, carry loss: the mean negative log-likelihood per token.
 Paper: Ouyang et al. 2022, Training language models to follow instructions with human feedback, section 3.5
 (https://arxiv.org/abs/2203.02155).
 
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"  # adamw | adafactor | lion | muon
     config.optimizer.learning_rate = 1e-3  # peak; > 0. Small models take more: 1e-5 to 2e-5 suits 1 B and up
     config.optimizer.schedule = "cosine"  # cosine | linear | constant, after the warmup
-    config.optimizer.warmup_steps = 20  # steps; 0 .. run.steps
+    config.optimizer.warmup_steps = 20  # steps; 0 <= warmup < run.steps
     config.optimizer.final_fraction = 0.1  # share of the peak at the last step; 0 .. 1
     config.optimizer.weight_decay = 0.0  # decoupled, >= 0
     config.optimizer.clip_norm = 1.0  # global norm of the gradient; None = off

@@ -66,8 +66,8 @@ class OptimizerConfig:
     eps: float = key("added to the root of the second moment", 1e-8, above=0)
     weight_decay: float = key("decoupled; times the learning rate, per step", 0.0, low=0)
     clip_norm: float | None = key("largest global norm of the gradient; None = off", 1.0, above=0)
-    freeze: tuple[str, ...] = key("regular expressions on parameter paths that stay as they are", ())
-    no_decay: tuple[str, ...] = key("regular expressions on parameter paths without weight decay", ("norm", "bias"))
+    freeze: tuple[str, ...] = key("regular expressions; a parameter whose path has a match stays as it is", ())
+    no_decay: tuple[str, ...] = key("as optimizer.freeze: no weight decay; norms and biases have none anyway", ())
     max_bad_steps: int = key("consecutive steps with a non-finite gradient that end the run", 10, low=1)
 
 
@@ -236,8 +236,8 @@ def _contradictions(c: Config):
         yield "run.steps", "missing; set run.steps or run.epochs"
     if run.steps is not None and run.epochs is not None:
         yield "run.steps", f"{run.steps} contradicts run.epochs={run.epochs}; set one of them, the other to None"
-    if run.steps is not None and optimizer.warmup_steps > run.steps:
-        yield "optimizer.warmup_steps", f"{optimizer.warmup_steps} is more than run.steps={run.steps}"
+    if run.steps is not None and optimizer.warmup_steps >= run.steps:
+        yield "optimizer.warmup_steps", f"{optimizer.warmup_steps} does not fit in run.steps={run.steps}; set it lower"
     if run.steps is not None and run.profile is not None and sum(run.profile) > run.steps + 1:
         yield "run.profile", f"{run.profile} ends after run.steps={run.steps}"
     if batch.rows_per_step % batch.accumulate:

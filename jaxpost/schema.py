@@ -22,7 +22,7 @@ NO_LIMITS = types.MappingProxyType({})
 
 
 def key(doc: str, default: Any = dataclasses.MISSING, **limits: float):
-    """A key: its meaning with unit, its default (none: it must be set), its range low <= x <= high, above < x < below."""
+    """A key: its meaning with unit, its default (none: must be set), its range low <= x <= high, above < x < below."""
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
 
@@ -78,7 +78,7 @@ def to_dict(config) -> dict:
 
 
 def read(annotation, text: str):
-    """Text of a command line as a value of the annotated type; what does not parse stays text for `convert` to refuse."""
+    """Text of a command line as a value of the annotated type; what does not parse stays text."""
     plain = text.strip()
     options = typing.get_args(annotation)
     if plain in ("None", "none") and types.NoneType in options:
