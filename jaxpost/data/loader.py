@@ -1,0 +1,268 @@
+"""The order of a run's data: which documents share a row and which rows a step, for any number of hosts and devices."""
+
+import bisect
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from jaxpost.data.rows import build_batch, pack
+from jaxpost.errors import DataError
+from jaxpost.types import Batch, Document
+
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # steps built ahead of the device, in threads
+
+
+class Place(NamedTuple):
+    """Where a step begins in the data. With the seed it is all that needs saving."""
+
+    epoch: int
+    window: int  # of the epoch
+    row: int  # of the window
+
+
+class Loader:
+    """A stream of packed rows over epochs; step s (0-based) covers the next `rows_per_step` of them.
+
+    An epoch is a seeded permutation of the documents, cut into windows. The documents of a window are packed by best
+    fit, and its rows shuffled, so that full rows and short ones mix. Every document occurs once an epoch: empty rows
+    (weight 0) fill the epoch's last step. Any step can be asked for at any time, and depends on the arguments alone.
+
+    Windows are planned when first needed, in order: the first batch waits for the costs of one window, and step s for
+    those of the windows before it, since how many rows they make decides where it begins. What is kept is the number of
+    rows of each window; a plan can be made again from it. Methods may be called from several threads.
+
+    Args:
+      documents: any sequence; `documents[i]` may be computed when asked for, if that is safe in threads.
+      rows_per_step: rows of a step on all hosts together (B).
+      tokens_per_row: T.
+      documents_per_row: most documents in a row (M).
+      branches: most completions of a document (N), 0 for linear documents.
+      seed: of the order; at least 0.
+      shuffle: False keeps the documents' order from window to window and the packed order of rows within one.
+      epochs: passes over the data, after which the steps end; None goes on for ever.
+      window: documents packed together.
+      costs: `Document.cost` of every document, where known without reading them.
+
+    Raises:
+      DataError: no documents, or one that is longer than a row (raised when its window is planned).
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        *,
+        rows_per_step: int,
+        tokens_per_row: int,
+        documents_per_row: int,
+        branches: int,
+        seed: int,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        window: int = 4096,
+        costs: np.ndarray | None = None,
+    ):
+        if len(documents) == 0:
+            raise DataError("the data holds no documents")
+        self.documents = documents
+        self.rows_per_step = rows_per_step
+        self.tokens_per_row = tokens_per_row
+        self.documents_per_row = documents_per_row
+        self.branches = branches
+        self.epochs = epochs
+        self._seed = seed
+        self._shuffle = shuffle
+        self._window = window
+        self._windows = -(-len(documents) // window)  # of an epoch
+        self._costs = np.full(len(documents), -1) if costs is None else np.asarray(costs)
+        self._lock = threading.Lock()  # over the two lists below, which only grow
+        self._first_rows: list[list[int]] = []  # [epoch][window]: rows of the epoch before it; one more than is planned
+        self._first_steps = [0]  # [epoch]: steps before it, for the epochs that are fully planned and the next one
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self._window_rows = functools.lru_cache(maxsize=8)(self._make_window_rows)
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        """Rows that hold documents in this epoch (0-based): without those that fill its last step. Plans all of it."""
+        with self._lock:
+            return self._plan_rows(epoch, sys.maxsize)
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Steps of this epoch (0-based). Plans all of it."""
+        return -(-self.rows_in_epoch(epoch) // self.rows_per_step)
+
+    def total_steps(self, epochs: int) -> int:
+        """Steps of the first `epochs` epochs. Plans all of them."""
+        with self._lock:
+            self._plan_epochs(epochs - 1)
+            return self._first_steps[epochs]
+
+    def place(self, step: int) -> Place:
+        """Where the step's first row lies. Raises IndexError beyond the last epoch."""
+        epoch, first_row = self._locate(step)
+        return self._place_of_row(epoch, first_row)
+
+    def rows_documents(self, step: int) -> list[list[int]]:
+        """Indices into `documents`, for each of the step's rows in order. Raises IndexError beyond the last epoch."""
+        epoch, first_row = self._locate(step)
+        _, window, row = self._place_of_row(epoch, first_row)
+        ahead = (self._window_rows(epoch, w) for w in range(window, self._windows))
+        return list(itertools.islice(itertools.chain.from_iterable(ahead), row, row + self.rows_per_step))
+
+    def batch(self, step: int, host_rows: slice = slice(None)) -> Batch:
+        """The step's batch (numpy), or these of its rows: what this host's devices hold.
+
+        Raises IndexError beyond the last epoch.
+        """
+        rows = self.rows_documents(step)[host_rows]
+        return build_batch(
+            [[self.documents[i] for i in row] for row in rows],
+            rows_per_step=len(range(self.rows_per_step)[host_rows]),
+            tokens_per_row=self.tokens_per_row,
+            documents_per_row=self.documents_per_row,
+            branches=self.branches,
+        )
+
+    def iterate(self, start_step: int = 0, host_rows: slice = slice(None)) -> "Batches":
+        """The batches from a step on, built ahead in threads. Close it, or use it in a `with` statement."""
+        return Batches(self, start_step, host_rows)
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """(epoch, row of that epoch) at which a step begins; all windows that the step needs are planned."""
+        if step < 0:
+            raise IndexError(f"step {step}: steps are counted from 0")
+        with self._lock:
+            while step >= self._first_steps[-1]:  # in the newest epoch, or beyond
+                epoch = len(self._first_steps) - 1
+                if epoch == self.epochs:
+                    raise IndexError(f"step {step} is beyond the {self._first_steps[-1]} of {epoch} epochs")
+                first_row = (step - self._first_steps[-1]) * self.rows_per_step
+                if self._plan_rows(epoch, first_row + self.rows_per_step) > first_row:
+                    return epoch, first_row
+                self._plan_epochs(epoch)
+            epoch = bisect.bisect_right(self._first_steps, step) - 1
+            return epoch, (step - self._first_steps[epoch]) * self.rows_per_step
+
+    def _place_of_row(self, epoch: int, row: int) -> Place:
+        first_rows = self._first_rows[epoch]
+        window = bisect.bisect_right(first_rows, row) - 1
+        return Place(epoch, window, row - first_rows[window])
+
+    def _plan_epochs(self, epoch: int) -> None:
+        """Plans everything up to the end of this epoch. Needs the lock."""
+        while len(self._first_steps) <= epoch + 1:
+            rows = self._plan_rows(len(self._first_steps) - 1, sys.maxsize)
+            self._first_steps.append(self._first_steps[-1] + -(-rows // self.rows_per_step))
+
+    def _plan_rows(self, epoch: int, rows: int) -> int:
+        """Plans windows of an epoch until they make this many rows, or end. Returns the rows so far. Needs the lock."""
+        while len(self._first_rows) <= epoch:
+            self._first_rows.append([0])
+        first_rows = self._first_rows[epoch]
+        while first_rows[-1] < rows and len(first_rows) <= self._windows:
+            first_rows.append(first_rows[-1] + len(self._window_rows(epoch, len(first_rows) - 1)))
+        return first_rows[-1]
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        """The epoch's documents in order, int64[documents]."""
+        count = len(self.documents)
+        return self._random_order(count, epoch, 0) if self._shuffle else np.arange(count)
+
+    def _make_window_rows(self, epoch: int, window: int) -> list[list[int]]:
+        """The window's rows in order, each a list of indices into `documents`."""
+        members = self._order(epoch)[window * self._window : (window + 1) * self._window]
+        rows = pack(self._member_costs(members), self.tokens_per_row, self.documents_per_row)
+        if self._shuffle:
+            rows = [rows[i] for i in self._random_order(len(rows), epoch, 1 + window)]
+        return [members[row].tolist() for row in rows]
+
+    def _member_costs(self, members: np.ndarray) -> np.ndarray:
+        unknown = members[self._costs[members] < 0]
+        self._costs[unknown] = [self.documents[i].cost for i in unknown.tolist()]
+        costs = self._costs[members]
+        longest = int(members[costs.argmax()])
+        if self._costs[longest] > self.tokens_per_row:
+            raise DataError(
+                f"{self.documents[longest].origin}: the example takes {self._costs[longest]} tokens, "
+                f"but a row holds {self.tokens_per_row} (batch.tokens_per_row)"
+            )
+        return costs
+
+    def _random_order(self, count: int, epoch: int, stream: int) -> np.ndarray:
+        """A permutation of `count`. Made of raw bits, which numpy never changes; the methods of Generator it may."""
+        bits = np.random.Philox(key=[self._seed, epoch], counter=[0, 0, 0, stream])
+        return np.argsort(bits.random_raw(count), kind="stable")
+
+
+class _Steps:
+    """What grain reads: the batches from a step on, None after the last one."""
+
+    def __init__(self, loader: Loader, start_step: int, host_rows: slice):
+        self._loader, self._start_step, self._host_rows = loader, start_step, host_rows
+
+    def __len__(self) -> int:
+        return sys.maxsize  # the true number would need a plan of all epochs before the first batch
+
+    def __getitem__(self, index: int) -> Batch | None:
+        try:
+            self._loader.place(self._start_step + index)
+        except IndexError:
+            return None
+        return self._loader.batch(self._start_step + index, self._host_rows)
+
+
+class Batches(Iterator[Batch]):
+    """The iterator that `Loader.iterate` returns."""
+
+    def __init__(self, loader: Loader, start_step: int, host_rows: slice):
+        source = grain.MapDataset.source(_Steps(loader, start_step, host_rows))
+        self._iterator = iter(source.to_iter_dataset(READ, allow_nones=True))
+        self._closed = False
+
+    def __next__(self) -> Batch:
+        batch = None if self._closed else next(self._iterator)
+        if batch is None:
+            self.close()
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads; may be called twice."""
+        self._closed = True
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def row_statistics(loader: Loader, epoch: int = 0) -> dict[str, float]:
+    """What packing and prompt sharing make of an epoch, for the table at the start of a run. Reads every document.
+
+    Returns:
+      documents, steps, tokens (counts); documents_per_row (mean over occupied rows); padding_share (of all positions
+      that the steps compute, empty rows included); prompt_tokens_saved and prompt_share_saved: how many tokens a row
+      for each completion with its own copy of the prompt would add, (N - 1) * (P - 1) a document, and their share
+      of all the tokens it would then be.
+    """
+    steps = loader.steps_in_epoch(epoch)
+    tokens = saved = 0
+    for document in loader.documents:
+        tokens += document.cost
+        saved += 0 if document.linear else (len(document.completions) - 1) * (len(document.prompt) - 1)
+    computed = steps * loader.rows_per_step * loader.tokens_per_row
+    return {
+        "documents": len(loader.documents),
+        "steps": steps,
+        "tokens": tokens,
+        "documents_per_row": len(loader.documents) / loader.rows_in_epoch(epoch),
+        "padding_share": 1 - tokens / computed,
+        "prompt_tokens_saved": saved,
+        "prompt_share_saved": saved / (tokens + saved),
+    }
