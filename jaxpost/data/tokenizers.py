@@ -1,0 +1,344 @@
+"""Tokenizers: sentencepiece models and `tokenizer.json`, with the settings that lie beside them.
+
+Both read special tokens written in the text as their ids and add nothing of their own, so that a rendered
+conversation is tokenised once and as a whole. Sentencepiece text follows `transformers`' LlamaTokenizer: the dummy
+space is put before the text's first character only (with `legacy`, after each special token too), and never doubled.
+"""
+
+import abc
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+
+import sentencepiece
+import tokenizers
+from etils import epath
+
+from jaxpost.errors import DataError
+
+MODEL_FILES = ("tokenizer.json", "tokenizer.json.gz", "tokenizer.model")
+SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+Offsets = list[tuple[int, int]]
+
+
+def load_tokenizer(path) -> "Tokenizer":
+    """The tokenizer of a folder in Hugging Face layout, or of one file (settings beside it are read too).
+
+    Local or gs:// path. Raises DataError where there is no tokenizer, a file is broken, or a special token has no id.
+    """
+    given = epath.Path(path)
+    if not given.exists():
+        raise DataError(f"{path}: no such tokenizer file or folder")
+    candidates = [given / name for name in MODEL_FILES] if given.is_dir() else [given]
+    model = next((file for file in candidates if file.exists()), None)
+    if model is None:
+        raise DataError(f"{path}: no tokenizer in this folder; it must hold one of {', '.join(MODEL_FILES)}")
+    content = model.read_bytes()
+    if str(model).endswith(".gz"):
+        content = gzip.decompress(content)
+    beside = {name: (model.parent / name).read_bytes() for name in SETTING_FILES if (model.parent / name).exists()}
+    settings = _Settings(str(path), model.parent, beside)
+    kind = JsonTokenizer if content.lstrip()[:1] == b"{" else SentencePieceTokenizer
+    return kind(content, settings)
+
+
+def _read_json(name: str, content: bytes) -> dict:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{name}: broken JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{name}: must hold a JSON object")
+    return value
+
+
+class _Settings:
+    """What lies beside the model file: special tokens, added tokens, chat templates, ids at which to stop."""
+
+    def __init__(self, name: str, folder: epath.Path, files: dict[str, bytes]):
+        self.name, self.files = name, files
+        parsed = {file: _read_json(f"{folder / file}", files[file]) for file in SETTING_FILES[:3] if file in files}
+        self.config = parsed.get("tokenizer_config.json", {})
+        self.added = parsed.get("added_tokens.json", {})
+        special = parsed.get("special_tokens_map.json", {}) | self.config
+        self.special = {key: _token_text(special[key]) for key in SPECIAL_NAMES if special.get(key)}
+        self.extra = [_token_text(token) for token in special.get("additional_special_tokens") or []]
+        self.none = {key for key in SPECIAL_NAMES if key in special and special[key] is None}
+        self.ids = {}  # bos_token_id, eos_token_id, ... of the model itself
+        for file in ("config.json", "generation_config.json"):
+            if (folder / file).exists():
+                found = _read_json(f"{folder / file}", (folder / file).read_bytes())
+                self.ids |= {key: found[key] for key in ("bos_token_id", "eos_token_id") if found.get(key) is not None}
+        self.templates = self._read_templates()
+
+    def _read_templates(self) -> dict[str, str]:
+        if "chat_template.jinja" in self.files:
+            return {"default": self.files["chat_template.jinja"].decode()}
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            return {entry["name"]: entry["template"] for entry in template}
+        return {"default": template} if template else {}
+
+
+def _token_text(token) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _id_list(value) -> list[int]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back. Ids lie below `vocab_size`; bos_id, eos_id and pad_id are None where there is none.
+
+    adds_bos: whether a sequence begins with BOS (written by the encoder where a template does not write it).
+    stop_ids: every id that ends a turn: EOS and the ids of the generation config.
+    chat_template: jinja source, or None. fingerprint: sha256 of all that decides the ids.
+    """
+
+    def __init__(self, content: bytes, settings: _Settings, adds_bos: bool):
+        self.name = settings.name
+        self._settings, self._content = settings, content
+        self.special_tokens = dict(settings.special)
+        self.bos_id = self._special_id("bos_token")
+        self.eos_id = self._special_id("eos_token")
+        self.pad_id = self._special_id("pad_token")
+        self.adds_bos = self.bos_id is not None and settings.config.get("add_bos_token", adds_bos)
+        stops = {self.eos_id} if self.eos_id is not None else set()
+        self.stop_ids = tuple(sorted(stops | set(_id_list(settings.ids.get("eos_token_id", [])))))
+        decisive = [self.bos_id, self.eos_id, self.adds_bos, settings.config.get("legacy"), sorted(self._special_ids())]
+        self.fingerprint = hashlib.sha256(content + json.dumps(decisive).encode()).hexdigest()
+
+    def _special_id(self, name: str) -> int | None:
+        """The id of a special token; falls back to what the model file and the model's own config say."""
+        if name in self._settings.none:
+            return None
+        if name in self.special_tokens:
+            index = self.token_id(self.special_tokens[name])
+            if index is None:
+                raise DataError(f"{self.name}: {name} {self.special_tokens[name]!r} is not in the vocabulary")
+            return index
+        known = self._settings.ids.get(f"{name}_id")
+        index = self._model_special_id(name) if known is None else _id_list(known)[0]
+        if index is not None:
+            self.special_tokens[name] = self.token(index)
+        return index
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._settings.templates.get("default")
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Named templates of tokenizer_config.json; a single one is called "default"."""
+        return self._settings.templates
+
+    def files(self) -> dict[str, bytes]:
+        """The files that an exported checkpoint needs, as they were read (decompressed)."""
+        return {self.model_file: self._content, **self._settings.files}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text: no BOS or EOS added; special tokens that are written in it become their ids."""
+        return self.encode_with_offsets(text)[0]
+
+    @abc.abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids and, for each, the (start, end) characters it stands for; bytes of one character share its span."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
+
+    @abc.abstractmethod
+    def token_id(self, token: str) -> int | None: ...
+
+    @abc.abstractmethod
+    def token(self, index: int) -> str:
+        """The vocabulary's own spelling of an id, for showing."""
+
+    @abc.abstractmethod
+    def _model_special_id(self, name: str) -> int | None: ...
+
+    @abc.abstractmethod
+    def _special_ids(self) -> set[int]: ...
+
+    def is_special(self, index: int) -> bool:
+        return int(index) in self._special_ids()
+
+    model_file: str
+    vocab_size: int
+
+
+class JsonTokenizer(Tokenizer):
+    """`tokenizer.json`, read by the library `tokenizers`."""
+
+    model_file = "tokenizer.json"
+
+    def __init__(self, content: bytes, settings: _Settings):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{settings.name}: not a tokenizer.json ({error})") from None
+        # A saved tokenizer.json may hold the truncation and padding of somebody's last call.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        extra = [*settings.special.values(), *settings.extra]
+        self._tokenizer.add_special_tokens([token for token in extra if self.token_id(token) is not None])
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._specials = {index for index, token in added.items() if token.special}
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        first = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
+        self._first_added = first if first in self._specials else None
+        super().__init__(content, settings, adds_bos=self._first_added is not None)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, index: int) -> str:
+        return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
+
+    def _model_special_id(self, name: str) -> int | None:
+        return self._first_added if name == "bos_token" else None
+
+    def _special_ids(self) -> set[int]:
+        return self._specials
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece `.model`. Special are its control and user-defined pieces, and tokens added beside it."""
+
+    model_file = "tokenizer.model"
+
+    def __init__(self, content: bytes, settings: _Settings):
+        proto = _parse_model(content, settings.name)
+        normalizer = proto.normalizer_spec
+        self._prefix = normalizer.add_dummy_prefix
+        self._keeps_spaces = not normalizer.remove_extra_whitespaces
+        self._at_start = _processor(proto)
+        normalizer.add_dummy_prefix = False
+        self._inside = _processor(proto)
+        self._legacy = bool(settings.config.get("legacy", False))
+
+        kinds = proto.SentencePiece
+        self._ids = {
+            piece.piece: index
+            for index, piece in enumerate(proto.pieces)
+            if piece.type in (kinds.CONTROL, kinds.USER_DEFINED, kinds.UNKNOWN)
+        }
+        self._specials = {i for i, piece in enumerate(proto.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
+        strip = self._add_tokens(settings)
+        self._texts = {index: text for text, index in self._ids.items()}
+        self.vocab_size = max(len(proto.pieces), *(index + 1 for index in self._texts))
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._split = re.compile("|".join(_pattern(text, strip.get(text, {})) for text in longest_first))
+        super().__init__(content, settings, adds_bos=True)
+
+    def _add_tokens(self, settings: _Settings) -> dict[str, dict]:
+        """Takes in tokens declared beside the model; returns those whose neighbouring white space they swallow."""
+        self._ids |= {text: int(index) for text, index in settings.added.items()}
+        self._specials |= {int(index) for index in settings.added.values()}
+        strip = {}
+        for index, token in settings.config.get("added_tokens_decoder", {}).items():
+            self._ids[token["content"]] = int(index)
+            strip[token["content"]] = token
+            if token.get("special"):
+                self._specials.add(int(index))
+        for text in (*settings.special.values(), *settings.extra):
+            index = self.token_id(text)
+            if index is not None:
+                self._ids[text] = index
+                self._specials.add(index)
+        return strip
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        ids, offsets, done = [], [], 0
+        for match in self._split.finditer(text):
+            self._encode_piece(text, done, match.start(), ids, offsets)
+            token = match.group()
+            ids.append(self._ids[token if token in self._ids else token.strip()])
+            offsets.append(match.span())
+            done = match.end()
+        self._encode_piece(text, done, len(text), ids, offsets)
+        return ids, offsets
+
+    def _encode_piece(self, text: str, start: int, end: int, ids: list[int], offsets: Offsets) -> None:
+        """Text between special tokens, appended to ids and offsets."""
+        if start == end:
+            return
+        piece = text[start:end]
+        prefixed = (start == 0 or self._legacy) and not (self._keeps_spaces and piece[0] in " \u2581")
+        processor = self._at_start if prefixed else self._inside
+        found = processor.encode(piece, return_type="offset_mapping")
+        ids += found["ids"]
+        spans, following = [], len(piece)
+        # Of the bytes of one character all but the last have an empty span; so has a lone dummy space.
+        for begin, stop in reversed(found["offsets"]):
+            following = stop if stop > begin else following
+            spans.append((start + begin, start + following))
+        offsets += reversed(spans)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        texts, run = [], []
+        for index in map(int, ids):
+            if index not in self._texts:
+                run.append(index)
+                continue
+            texts += [self._inside.decode(run)] if run else []
+            run = []
+            if not (skip_special and index in self._specials):
+                texts.append(self._texts[index])
+        texts += [self._inside.decode(run)] if run else []
+        text = "".join(texts)
+        return text[1:] if self._prefix and text.startswith(" ") else text
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._ids:
+            return self._ids[token]
+        index = self._inside.piece_to_id(token)
+        return index if self._inside.id_to_piece(index) == token else None
+
+    def token(self, index: int) -> str:
+        index = int(index)
+        if index in self._texts:
+            return self._texts[index]
+        return self._inside.id_to_piece(index) if index < len(self._inside) else f"<{index}>"
+
+    def _model_special_id(self, name: str) -> int | None:
+        found = {"bos_token": self._inside.bos_id, "eos_token": self._inside.eos_id, "pad_token": self._inside.pad_id}
+        index = found[name]()
+        return None if index < 0 else index
+
+    def _special_ids(self) -> set[int]:
+        return self._specials
+
+
+def _parse_model(content: bytes, name: str):
+    # Imported here: it needs protobuf, which only models of sentencepiece call for.
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    except DecodeError:
+        raise DataError(f"{name}: neither a sentencepiece model nor a tokenizer.json") from None
+    if not proto.pieces:
+        raise DataError(f"{name}: a sentencepiece model without pieces")
+    return proto
+
+
+def _processor(proto) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+def _pattern(text: str, token: dict) -> str:
+    return (r"\s*" if token.get("lstrip") else "") + re.escape(text) + (r"\s*" if token.get("rstrip") else "")
