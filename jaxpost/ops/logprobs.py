@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jaxpost.types import Array, Rows, record
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["scale", "soft_cap"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["scale", "soft_cap"])
 @dataclasses.dataclass(frozen=True)
 class Head:
     """logits = cap(scale * (hidden @ weight.T + bias)), cap(u) = soft_cap * tanh(u / soft_cap)."""
@@ -49,7 +47,13 @@ def row_logps(hidden: Array, head: Head, rows: Rows, *, temperature: float = 1.0
 
 
 def token_logps(
-    hidden: Array, head: Head, targets: Array, scored: Array | None = None, *, temperature: float = 1.0, chunk: int = 1024
+    hidden: Array,
+    head: Head,
+    targets: Array,
+    scored: Array | None = None,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 1024,
 ) -> TokenStats:
     """Log-probability and entropy of `targets` under softmax(logits / temperature).
 
@@ -91,7 +95,7 @@ def _forward(static, hidden, weight, bias, targets, scored):
         exp = jnp.exp(shifted)
         total = exp.sum(-1)
         lse = jnp.log(total)
-        pick = lambda x: jnp.take_along_axis(x, y[..., None], axis=-1)[..., 0]  # noqa: B023, E731
+        pick = lambda x: jnp.take_along_axis(x, y[..., None], axis=-1)[..., 0]  # noqa: E731
         new = (
             pick(shifted) - lse,
             lse - (exp * shifted).sum(-1) / total,

@@ -1,14 +1,51 @@
 """Objectives: what a step minimises, from a policy and a loss of `jaxpost.losses`."""
 
+import functools
+import importlib
+import inspect
+
 import jax
 import jax.numpy as jnp
 
+from jaxpost.errors import ConfigError
 from jaxpost.losses.preference import PairLogps, implicit_rewards
 from jaxpost.ops.completions import completion_sums
 from jaxpost.ops.logprobs import row_logps
 from jaxpost.types import Batch, Mean, Term
 
 CHOSEN, REJECTED = 0, 1  # branches of a pair, in this order
+CHUNK_TOKENS = 1024  # positions whose logits each shard of the batch holds at once
+
+
+def bind_loss(settings, known: dict):
+    """The loss `settings.name` (of `known`, or a dotted path `pkg.mod:fn`) with its hyperparameters bound.
+
+    Raises ConfigError for a name that is not there and a hyperparameter that the loss does not take, by key.
+    """
+    loss = _imported(settings.name) if ":" in settings.name else known.get(settings.name)
+    if loss is None:
+        raise ConfigError(f"loss.name: no loss {settings.name!r}; there are {', '.join(known)}, or give pkg.mod:fn")
+    takes = {p.name: p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for name in settings.hyperparameters:
+        if name not in takes:
+            raise ConfigError(f"loss.{name}: {settings.name} takes {', '.join(takes) or 'no hyperparameters'}")
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in settings.hyperparameters:
+            raise ConfigError(f"loss.{name}: missing; {settings.name} needs it")
+    return functools.partial(loss, **settings.hyperparameters)
+
+
+def _imported(path: str):
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"loss.name: cannot import {path!r} ({error})") from error
+
+
+def logits_chunk(mesh) -> int:
+    """Positions over all rows whose logits are held at once: CHUNK_TOKENS on each shard of the batch."""
+    return CHUNK_TOKENS * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def sft_objective(policy, loss, *, chunk: int):

@@ -13,8 +13,10 @@ import optax
 from jaxpost.types import Batch, Mean, TrainState
 
 
-def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1):
-    """`(state, frozen, batch) -> (state, metrics)`, to be jit-compiled at the edge with the state donated.
+def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1, *, observe=None):
+    """`(state, frozen, batch) -> (state, {name: Mean})`, to be jit-compiled at the edge with the state donated.
+
+    observe: (optimizer state before, after) -> {name: scalar}, logged with the metrics.
 
     The batch is cut into `accumulate` microbatches. Weights of terms depend on the batch alone; they are summed over
     the whole step before the backward pass, so the gradient is that of the whole batch, whatever `accumulate` is.
@@ -37,7 +39,8 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))  # microbatch shares add up to the loss
-        metrics["grad_norm"] = Mean(global_norm(grads), jnp.float32(1))
+        for name, value in observe(state.opt_state, opt_state).items() if observe else ():
+            metrics[name] = Mean(value, jnp.float32(1))
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
         return new, metrics
 
@@ -45,23 +48,17 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
 
 
 def make_eval_step(objective):
-    """`(params, frozen, carry, batch) -> metrics`: the terms of the loss and the metrics, as Means that add up."""
+    """`(params, frozen, carry, batch) -> (terms, metrics)`: everything adds up over batches, `total_loss` at the end."""
 
     def step(params, frozen, carry, batch: Batch):
-        terms, metrics = objective(params, frozen, carry, batch, jax.random.key(0))
-        return {**_term_metrics(terms), **metrics}
+        return objective(params, frozen, carry, batch, jax.random.key(0))
 
     return step
 
 
-def loss_value(metrics: dict[str, Mean], coefficients: dict[str, float]) -> float:
-    """The loss from added-up Means of an evaluation."""
-    return float(sum(c * metrics[f"loss/{name}"].value for name, c in coefficients.items()))
-
-
-def global_norm(tree):
-    """Euclidean norm over all leaves, squares summed in f32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+def total_loss(terms) -> float:
+    """Sum of coefficient * total / weight over terms."""
+    return float(sum(term.coefficient * term.mean.value for term in terms.values()))
 
 
 def _term_metrics(terms):

@@ -29,7 +29,12 @@ def check(run):
 def dpo(inputs, hyper):
     """Values and gradients of the summed and the per-token log-probabilities, as a mean over pairs."""
     name = hyper["loss_type"][0]
-    plain = {"loss_weights": ([1.0],), "ld_alpha": (None, 1.0), "f_divergence_type": ("reverse_kl",), "use_weighting": (False,)}
+    plain = {
+        "loss_weights": ([1.0],),
+        "ld_alpha": (None, 1.0),
+        "f_divergence_type": ("reverse_kl",),
+        "use_weighting": (False,),
+    }
     if name not in preference.LOSSES or any(hyper[k] not in values for k, values in plain.items()):
         return None
     loss_fn, mask = preference.LOSSES[name], inputs["completion_mask"][:, 1:]

@@ -1,0 +1,98 @@
+"""Evaluation on held-out documents: the objective's own metrics, a few completions, and the embedded world's rule."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxpost import embedded
+from jaxpost.data.loader import Loader
+from jaxpost.sharding import batch_sharding
+from jaxpost.train.run import answer, complete
+from jaxpost.train.step import make_eval_step, total_loss
+from jaxpost.types import Term
+
+INTERVAL = 1.959964  # standard normal quantile of a 95 % interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """metrics: {name: value}; samples: (prompt, completion) as text."""
+
+    metrics: dict[str, float]
+    samples: tuple[tuple[str, str], ...]
+
+    def rows(self) -> dict[str, float]:
+        """The metrics as they stand in metrics.jsonl."""
+        return {f"eval/{name}": value for name, value in self.metrics.items()}
+
+
+class Evaluator:
+    """Evaluates parameters on the evaluation documents, the same ones in the same rows every time."""
+
+    def __init__(self, config, mesh, model, data, objective, frozen, carry):
+        self.config, self.mesh, self.model, self.data = config, mesh, model, data
+        self.frozen, self.carry = frozen, carry
+        self.step = jax.jit(make_eval_step(objective))
+        self.in_world = {path for path, _ in config.data.eval or ()} == {"embedded"}
+        self.prompts = [prompt_of(data.eval[i]) for i in range(min(config.run.eval_prompts, len(data.eval or ())))]
+
+    def __call__(self, params) -> Evaluation:
+        metrics = self.objective_metrics(params) if self.data.eval is not None else {}
+        new_tokens = self.config.run.eval_new_tokens
+        if self.in_world and self.config.run.eval_prompts:
+            ask = lambda questions: answer(  # noqa: E731
+                self.model, params, self.mesh, [[{"role": "user", "content": q}] for q in questions], new_tokens
+            )
+            metrics |= {f"world/{name}": value for name, value in embedded.evaluate(ask).items()}
+        completions = complete(self.model, params, self.mesh, self.prompts, new_tokens) if self.prompts else []
+        texts = [self.model.tokenizer.decode(p.tolist(), skip_special=False) for p in self.prompts]
+        return Evaluation(metrics, tuple(zip(texts, completions, strict=True)))
+
+    def objective_metrics(self, params) -> dict[str, float]:
+        """Loss and metrics over all evaluation documents; a share of pairs comes with its 95 % interval."""
+        terms, metrics = {}, {}
+        with jax.set_mesh(self.mesh):
+            for batch in self.batches():
+                new_terms, new_metrics = jax.device_get(self.step(params, self.frozen, self.carry, batch))
+                terms = {
+                    n: Term(t.coefficient, t.mean + terms[n].mean if terms else t.mean) for n, t in new_terms.items()
+                }
+                metrics = {n: m + metrics[n] if metrics else m for n, m in new_metrics.items()}
+        found = {"loss": total_loss(terms), **{name: float(mean.value) for name, mean in metrics.items()}}
+        if accuracy := metrics.get("rewards/accuracies"):
+            low, high = wilson_interval(float(accuracy.value), float(accuracy.weight))
+            found |= {"rewards/accuracies_low": low, "rewards/accuracies_high": high}
+        return found
+
+    def batches(self):
+        batch = self.config.batch
+        loader = Loader(
+            self.data.eval,
+            rows_per_step=batch.rows_per_step // batch.accumulate,
+            tokens_per_row=batch.tokens_per_row,
+            documents_per_row=batch.documents_per_row,
+            branches=self.data.branches,
+            seed=0,
+            shuffle=False,
+            epochs=1,
+        )
+        for step in range(loader.steps_in_epoch(0)):
+            yield jax.device_put(loader.batch(step), batch_sharding(self.mesh))
+
+
+def prompt_of(document) -> np.ndarray:
+    """What a document's first completion answers: its prompt, or all before the first trained token."""
+    if not document.linear:
+        return document.prompt
+    first = int(np.argmax(document.weights[0] > 0))
+    return document.completions[0][: max(first, 1)]
+
+
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
+    """95 % interval of a share of `count` trials (Wilson 1927)."""
+    z2 = INTERVAL**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = INTERVAL / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return centre - half, centre + half

@@ -1,0 +1,63 @@
+"""The run folder: config.json, metrics.jsonl, checkpoints/, export/. One run a folder, never written over."""
+
+import itertools
+import json
+
+from etils import epath
+
+from jaxpost import config as configs
+from jaxpost.errors import CheckpointError, ConfigError
+
+# What may differ when a run goes on: how long it lasts and where the folder now lies.
+MAY_GROW = ("run.steps", "run.epochs")
+MAY_DIFFER = ("run.dir", "run.resume", *MAY_GROW)
+
+
+def choose_folder(config) -> tuple[epath.Path, bool]:
+    """(run folder, whether it holds a run to go on with). Writes nothing.
+
+    Without `run.dir` a fresh one is taken: runs/STAGE-1, runs/STAGE-2, ...
+    Raises ConfigError when the folder holds another run, or this one and `run.resume` is False.
+    """
+    if config.run.dir is None:
+        if config.run.resume:
+            raise ConfigError("run.dir: missing; run.resume=True needs the folder of the run to go on with")
+        folders = (epath.Path(f"runs/{config.stage}-{n}") for n in itertools.count(1))
+        return next(folder for folder in folders if not folder.exists()), False
+    folder = epath.Path(config.run.dir)
+    if not (folder / "config.json").exists():
+        return folder, False
+    if not config.run.resume:
+        raise ConfigError(f"run.dir: {folder} already holds a run; set run.resume=True to go on, or another run.dir")
+    before = read_config(folder)
+    for key, (old, new) in configs.differences(before, config).items():
+        if key not in MAY_DIFFER:
+            raise ConfigError(
+                f"{key}: {new!r} differs from the {old!r} of the run in {folder}; only more steps may be asked for"
+            )
+        if key in MAY_GROW and old is not None and new is not None and new < old:
+            raise ConfigError(f"{key}: {new} is less than the {old} of the run in {folder}; only more may be asked for")
+    return folder, True
+
+
+def read_config(folder):
+    """The resolved config of a run folder. Raises CheckpointError when it is missing or broken."""
+    path = epath.Path(folder) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder}: not a run folder (no config.json in it)")
+    try:
+        return configs.resolve(json.loads(path.read_text()))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def write_config(folder: epath.Path, config) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.json", configs.to_json(config))
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes beside and renames: a reader sees the old text or the new one, never half of it."""
+    beside = path.parent / (path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,224 @@
+"""The loop that every offline stage shares: evaluate, train, checkpoint, evaluate again."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpost.config import to_dict
+from jaxpost.data.loader import Loader
+from jaxpost.errors import UserError
+from jaxpost.sharding import batch_sharding, shardings_like
+from jaxpost.train.checkpoint import Checkpointer
+from jaxpost.train.evaluation import Evaluation, Evaluator
+from jaxpost.train.folder import write_atomically, write_config
+from jaxpost.train.metrics import MetricsLog, open_writers
+from jaxpost.train.optimizer import make_optimizer
+from jaxpost.train.progress import Progress
+from jaxpost.train.report import end_tables, start_table
+from jaxpost.train.run import Run
+from jaxpost.train.step import make_train_step
+from jaxpost.types import TrainState
+
+log = logging.getLogger("jaxpost")
+
+
+def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_params, frozen=None, carry=None) -> Run:
+    """Trains `model` on `data` and returns the Run.
+
+    Args:
+      config: resolved. folder: the run folder, and whether to go on from its newest checkpoint (`resume`).
+      objective: see train/step.py. frozen: what it reads besides the parameters. carry: what it remembers.
+      load_params: () -> initial weights in their shards; not called on resume.
+
+    Raises:
+      UserError: `optimizer.max_bad_steps` consecutive steps with a non-finite gradient, or an unusable checkpoint.
+    """
+    run, batch = config.run, config.batch
+    shape = {name: getattr(batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
+    loader = Loader(data.train, **shape, branches=data.branches, seed=run.seed, epochs=run.epochs)
+    total = run.steps or loader.total_steps(run.epochs)
+    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.policy.axes())
+    evaluator = Evaluator(config, mesh, model, data, objective, frozen, carry)
+
+    def init(params):
+        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), jax.random.key(run.seed), carry)
+
+    abstract, shardings = state_layout(init, model, mesh)
+    step_fn = jax.jit(
+        make_train_step(objective, optimizer.transform, batch.accumulate, observe=observer(optimizer.schedule)),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    checkpoints = Checkpointer(folder / "checkpoints", run.keep_last, run.keep_best)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        stack.enter_context(jax.set_mesh(mesh))
+        start, extra = checkpoints.latest() if resume else None, {"num_tokens": 0}
+        if resume and start is None:
+            log.warning("run.resume: no checkpoint in %s yet; starting afresh", folder)
+        if start is None:
+            state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(load_params())
+        else:
+            state, extra = checkpoints.restore(with_shardings(abstract, shardings))
+        start = int(state.step)
+        write_config(folder, config)
+        metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
+        stack.callback(metrics.close)
+        metrics.cut(start)
+        start_table(config, mesh, model, data, abstract, loader, total, start)
+        before = first_evaluation(folder, evaluator, state, metrics, start)
+        loop = Loop(config, folder, loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh)
+        state, finished = loop.run(state, start, total, extra)
+        after = loop.evaluation or evaluator(state.params)
+        end_tables(before, after)
+        result = Run(folder, model, mesh, state, metrics.read(), finished, lambda: evaluator(state.params).metrics)
+        if run.export and finished:
+            result.export(folder / "export")
+            log.info("exported to %s", folder / "export")
+    return result
+
+
+def state_layout(init, model, mesh):
+    """(abstract TrainState, its shardings): parameters and moments where the rules say, the rest on every device."""
+    abstract = jax.eval_shape(init, model.abstract)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: everywhere, abstract)
+    moments = shardings_like(model.shardings, abstract.opt_state, mesh, model.abstract)
+    return abstract, dataclasses.replace(shardings, params=model.shardings, opt_state=moments)
+
+
+def with_shardings(abstract, shardings):
+    """The abstract tree with each leaf's sharding, as a restore wants it."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, shardings)
+
+
+def observer(schedule):
+    """What a step logs of the optimizer, from its state before and after."""
+
+    def observe(before, after):
+        return {
+            "grad_norm": after.grad_norm,
+            "learning_rate": schedule(before.applied),
+            "skipped_steps": after.bad_total,
+            "bad_in_a_row": after.bad_in_a_row,
+        }
+
+    return observe
+
+
+def first_evaluation(folder, evaluator, state, metrics, start: int) -> Evaluation:
+    """The evaluation before training; a resumed run reads what it was then."""
+    path = folder / "before.json"
+    if start and path.exists():
+        saved = json.loads(path.read_text())
+        return Evaluation(saved["metrics"], tuple(map(tuple, saved["samples"])))
+    found = evaluator(state.params)
+    write_atomically(path, json.dumps(dataclasses.asdict(found)))
+    if found.metrics:
+        metrics.write({"step": start, **found.rows()})
+    return found
+
+
+class Loop:
+    """Steps from `start` to `total`, with everything that happens between them."""
+
+    def __init__(self, config, folder, loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh):
+        self.config, self.folder, self.loader, self.step_fn = config, folder, loader, step_fn
+        self.evaluator, self.checkpoints, self.metrics = evaluator, checkpoints, metrics
+        self.frozen, self.mesh = frozen, mesh
+        self.evaluation = None  # the newest, and only while it is that of the present weights
+
+    def run(self, state, start: int, total: int, extra: dict):
+        """(state, finished). Stops after the present step, saved, when SIGTERM comes."""
+        run, self.tokens, pending = self.config.run, extra["num_tokens"], None
+        with (
+            stop_signal() as stopped,
+            self.loader.iterate(start) as batches,
+            Progress(total, start) as self.bar,
+        ):
+            for step in range(start + 1, total + 1):
+                self.profile(step)
+                began = time.perf_counter()
+                batch = next(batches)
+                tokens = int((batch.rows.segments > 0).sum())
+                state, found = self.step_fn(state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh)))
+                self.evaluation = None
+                if pending:  # written while the device works on the next step
+                    self.write(*pending)
+                pending = (step, found, tokens, began)
+                last, evaluate = step == total or stopped.is_set(), run.eval_every and step % run.eval_every == 0
+                save = run.checkpoint_every and step % run.checkpoint_every == 0
+                if last or evaluate or save:
+                    self.write(*pending)  # a checkpoint must find the rows of its own step on disk
+                    pending = None
+                if evaluate or step == total:
+                    self.evaluate(state, step)
+                if last or save:
+                    self.save(state, step)
+                if stopped.is_set():
+                    self.checkpoints.wait()
+                    log.warning("SIGTERM: saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
+                    return state, step == total
+        self.checkpoints.wait()
+        return state, True
+
+    def write(self, step: int, found, tokens: int, began: float):
+        """The row of one step; stops a run whose gradients stay non-finite."""
+        values = {name: float(mean.value) for name, mean in jax.device_get(found).items()}
+        seconds = time.perf_counter() - began
+        self.tokens += tokens
+        bad, limit = values.pop("bad_in_a_row"), self.config.optimizer.max_bad_steps
+        terms = {name: values.pop(name) for name in list(values) if name.startswith("loss/")}
+        if len(terms) > 1:  # of a single term it would only repeat the loss
+            values |= terms
+        row = {"step": step, **values, "tokens_per_second": tokens / seconds, "num_tokens": self.tokens}
+        self.metrics.write(row)
+        self.bar.update(step, values["loss"], tokens / seconds)
+        if bad >= limit:
+            raise UserError(
+                f"optimizer.max_bad_steps: {int(bad)} steps in a row had a non-finite gradient, the last is step {step} "
+                f"(all skipped); lower optimizer.learning_rate or look at the examples of these steps"
+            )
+
+    def evaluate(self, state, step: int):
+        self.evaluation = self.evaluator(state.params)
+        if self.evaluation.metrics:
+            self.metrics.write({"step": step, **self.evaluation.rows()})
+
+    def save(self, state, step: int):
+        extra = {"num_tokens": self.tokens, "place": self.loader.place(step - 1)._asdict()}
+        loss = self.evaluation.metrics.get("loss") if self.evaluation else None
+        self.checkpoints.save(step, state, extra, to_dict(self.config), loss)
+
+    def profile(self, step: int):
+        """Starts and stops the trace of `run.profile` = (first step, steps)."""
+        if self.config.run.profile is None:
+            return
+        first, count = self.config.run.profile
+        if step == first:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+        if step == first + count:
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def stop_signal():
+    """An event that SIGTERM sets (what preemption sends); the former handler comes back afterwards."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

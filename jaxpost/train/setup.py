@@ -1,0 +1,153 @@
+"""What every offline stage opens before it trains: mesh, model, tokenizer, data. Each a step of a stage's list."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxpost import embedded
+from jaxpost.data.dataset import Dataset, load_dataset
+from jaxpost.data.templates import Template, load_template
+from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
+from jaxpost.errors import ConfigError
+from jaxpost.models.hf import load_params, locate, read_config
+from jaxpost.models.policy import Policy
+from jaxpost.sharding import make_mesh, named_shardings
+
+BRANCHES = {"sft": 0, "preference": 2}  # completions of a document, by kind of data
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A policy with its tokenizer and where its weights lie, not yet loaded."""
+
+    path: epath.Path
+    policy: Policy
+    tokenizer: Tokenizer
+    template: Template
+    abstract: Any  # parameters as ShapeDtypeStructs, in the type they are held in
+    shardings: Any
+
+    def load(self):
+        """The weights, each shard read by the device that holds it."""
+        return load_params(self.path, self.policy, self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Documents to train on and to evaluate on, and what was dropped on the way."""
+
+    train: Any  # sequence of Document
+    eval: Any  # sequence of Document, or None
+    branches: int  # completions of a document, 0 where all are linear
+    report: Any
+    identity: dict[str, Any]  # what the documents' tokens depend on
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """jax's persistent compilation cache, in the user's cache folder by default; "" turns it off."""
+    if folder == "":
+        return
+    jax.config.update("jax_compilation_cache_dir", folder or str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def cache_folder() -> epath.Path:
+    return epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxpost"
+
+
+def open_mesh(config):
+    """The mesh of the config over all devices, held against the batch. Raises ConfigError."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    rows, shards = config.batch.rows_per_step // config.batch.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise ConfigError(
+            f"batch.rows_per_step: a microbatch of {rows} rows cannot be split over the {shards} devices of "
+            "mesh.data x mesh.fsdp; make it a multiple"
+        )
+    return mesh
+
+
+def compute_dtype(name: str) -> str:
+    """The type of products: "auto" is bfloat16 on accelerators and float32 on CPU."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def open_model(config, mesh, *, path: str | None = None) -> Model:
+    """The model at `path` (default: model.path), described but not loaded. Raises CheckpointError, DataError."""
+    folder = locate(embedded.resolve(path or config.model.path))
+    policy = Policy(read_config(folder), compute_dtype(config.precision.compute), config.remat.policy)
+    tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
+    template = load_template(config.tokenizer.template, tokenizer)
+    masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
+    abstract = jax.tree.map(masters, policy.abstract())
+    return Model(folder, policy, tokenizer, template, abstract, named_shardings(policy.axes(), mesh, abstract))
+
+
+def open_reference(config, model: Model, mesh) -> Model:
+    """The reference: `reference.path`, or the initial weights of `model`, held in the type it computes in."""
+    if config.reference.path is not None:
+        other = open_model(config, mesh, path=config.reference.path)
+        if other.policy.config.vocab_size != model.policy.config.vocab_size:
+            raise ConfigError(
+                f"reference.path: a vocabulary of {other.policy.config.vocab_size} tokens, but model.path has "
+                f"{model.policy.config.vocab_size}; both must score the same tokens"
+            )
+    else:
+        other = model
+    dtype = other.policy.compute_dtype if config.precision.reference == "auto" else config.precision.reference
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), other.abstract)
+    return dataclasses.replace(other, abstract=abstract)
+
+
+def open_data(config, model: Model, kind: str) -> Data:
+    """Training and evaluation documents. Without data.eval, `data.eval_examples` of data.train are held out."""
+    branches = BRANCHES[kind]
+    train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"))
+    identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
+    if config.data.eval is not None:
+        held_out = _dataset(config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"))
+        identity["eval"] = held_out.fingerprint
+        return Data(train.documents, held_out.documents, branches, train.report, identity)
+    count, held = len(train.documents), config.data.eval_examples
+    if not held:
+        return Data(train.documents, None, branches, train.report, identity)
+    if held >= count:
+        raise ConfigError(f"data.eval_examples: {held} of {count} examples leave none to train on; give fewer")
+    order = np.random.default_rng(config.run.seed).permutation(count)
+    parts = (Subset(train.documents, np.sort(part)) for part in (order[held:], order[:held]))
+    return Data(*parts, branches, train.report, identity | {"held_out": held, "seed": config.run.seed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some documents of a sequence, by index."""
+
+    documents: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.documents[int(self.indices[index])]
+
+
+def _dataset(config, model: Model, kind: str, sources) -> Dataset:
+    return load_dataset(
+        sources,
+        tokenizer=model.tokenizer,
+        template=model.template,
+        kind=kind,
+        max_tokens=config.data.max_tokens or model.policy.config.max_positions,
+        on_bad=config.data.on_bad,
+        on_long=config.data.on_long,
+        format=config.data.format,
+        vocab_size=model.policy.config.vocab_size,
+        row_tokens=config.batch.tokens_per_row,
+    )
