@@ -9,7 +9,7 @@ from jaxpost.ops.rope import Rope
 class Layer:
     """What may differ between the layers of one pattern period; static, so that masks and windows are too."""
 
-    rope: Rope = Rope()
+    rope: Rope
     window: int | None = None  # positions a query looks back, itself included; None = all
 
 
@@ -27,8 +27,8 @@ class ModelConfig:
     mlp_dim: int  # F
     max_positions: int  # context the model was trained for, in tokens
     tied: bool  # the head is the embedding
-    norm_eps: float = 1e-5
-    pattern: tuple[Layer, ...] = (Layer(),)
+    norm_eps: float
+    pattern: tuple[Layer, ...]
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None

@@ -71,13 +71,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, tables, queries, keys, first_query, store):
         c = self.config
-        project = functools.partial(Einsum, inputs=(0,), dtype=self.dtype)
+        D, H, K, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         key_axes = ("embed", "kv_heads", "head_dim")
-        q = project("BTD,DHh->BTHh", (c.embed_dim, c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), name="q")(
-            x
-        )
-        k = project("BTD,DKh->BTKh", (c.embed_dim, c.num_kv_heads, c.head_dim), key_axes, name="k")(x)
-        v = project("BTD,DKh->BTKh", (c.embed_dim, c.num_kv_heads, c.head_dim), key_axes, name="v")(x)
+        q = Einsum("BTD,DHh->BTHh", (D, H, h), ("embed", "heads", "head_dim"), (0,), self.dtype, name="q")(x)
+        k = Einsum("BTD,DKh->BTKh", (D, K, h), key_axes, (0,), self.dtype, name="k")(x)
+        v = Einsum("BTD,DKh->BTKh", (D, K, h), key_axes, (0,), self.dtype, name="v")(x)
         q, k = apply_rope(q, tables), apply_rope(k, tables)
         q = constrain(q, ("batch", "length", "heads", "head_dim"))
         k, v = (constrain(z, ("batch", "length", "kv_heads", "head_dim")) for z in (k, v))
@@ -85,8 +83,8 @@ class Attention(nn.Module):
         out = attention(
             q, k, v, queries, keys, scale=c.attention_scale, first_query=first_query, window=self.kind.window
         )
-        shape, axes = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
-        return Einsum("BTHh,HhD->BTD", shape, axes, (0, 1), self.dtype, name="o")(out), stored
+        axes = ("heads", "head_dim", "embed")
+        return Einsum("BTHh,HhD->BTD", (H, h, D), axes, (0, 1), self.dtype, name="o")(out), stored
 
 
 class MLP(nn.Module):

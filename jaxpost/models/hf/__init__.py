@@ -1,0 +1,11 @@
+"""Checkpoints in the layout of Hugging Face, in and out.
+
+A family is one file here (`llama.py`): how its config.json reads, how it is written, and its name map.
+"""
+
+from jaxpost.models.hf.config import read_config
+from jaxpost.models.hf.export import export
+from jaxpost.models.hf.hub import resolve
+from jaxpost.models.hf.load import load_params
+
+__all__ = ["export", "load_params", "read_config", "resolve"]

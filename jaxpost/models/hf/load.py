@@ -1,0 +1,123 @@
+"""Safetensors into sharded parameters, slice by slice: no device and no host holds a whole model."""
+
+import collections
+import contextlib
+import functools
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from jaxpost.errors import CheckpointError
+from jaxpost.models.hf.config import FAMILIES
+from jaxpost.models.hf.keys import read_json
+from jaxpost.models.hf.names import Piece, from_slice, pieces, sizes_of
+from jaxpost.models.policy import Policy
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files carry
+
+
+def load_params(path: str, policy: Policy, shardings: Any = None, dtype: str = "float32") -> Any:
+    """The parameters of `policy` from the safetensors in a Hugging Face folder (one file, or several with an index).
+
+    Args:
+      path: the folder, local or gs://.
+      shardings: a jax sharding per parameter (sharding.named_shardings); None: all on the first device.
+      dtype: of the parameters, whatever the files hold (bf16, f16, f32).
+
+    Raises:
+      CheckpointError: a missing folder, file or tensor, a truncated file, a wrong shape, a tensor without a place.
+    """
+    abstract = policy.abstract()
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+    sizes = sizes_of(policy.config)
+    with contextlib.ExitStack() as stack:
+        tensors = _open(epath.Path(path), stack)
+        by_path = collections.defaultdict(list)
+        for piece in pieces(FAMILIES[policy.config.family].weights(policy.config), policy.config):
+            by_path[piece.path].append(piece)
+        _check(tensors, by_path, sizes, epath.Path(path), policy.config.tied)
+
+        def read(path, leaf, sharding):
+            own = by_path[tuple(key.key for key in path)]
+            return _parameter(own, tensors, leaf.shape, sharding, np.dtype(dtype), sizes)
+
+        return jax.tree_util.tree_map_with_path(read, abstract, shardings)
+
+
+def _parameter(own: list[Piece], tensors, shape, sharding, dtype, sizes):
+    @functools.cache  # jax asks once a device, copies included
+    def shard(bounds):
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        for piece in own:
+            places = list(zip(piece.fixed, bounds, strict=True))
+            if all(at is None or start <= at < stop for at, (start, stop) in places):
+                into = tuple(slice(None) if at is None else at - start for at, (start, _) in places)
+                free = tuple(slice(*bound) for at, bound in places if at is None)
+                out[into] = from_slice(piece.weight, tensors[piece.name][1].get_slice(piece.name), free, sizes)
+        return out
+
+    def at(index):
+        return shard(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
+
+    return jax.make_array_from_callback(shape, sharding, at)
+
+
+def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[str, Any]]:
+    """{tensor name: (file name, open file)}."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; wanted a model in Hugging Face layout")
+    if (folder / INDEX).exists():
+        placed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(placed, dict):
+            raise CheckpointError(f"{folder / INDEX}: weight_map: is missing or not an object")
+        names = sorted(set(placed.values()))
+    elif (folder / SINGLE).exists():
+        names = [SINGLE]
+    else:
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX} (other weight formats are not read)")
+    tensors = {}
+    for name in names:
+        file = _open_file(folder / name, stack)
+        tensors |= {tensor: (name, file) for tensor in file.keys()}  # noqa: SIM118 (not a dict)
+    return tensors
+
+
+def _open_file(path: epath.Path, stack: contextlib.ExitStack):
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file, but {INDEX} names it")
+    local = str(path)
+    if "://" in local:  # safetensors maps files into memory: remote ones are fetched first
+        local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}"
+        path.copy(local)
+    try:
+        return stack.enter_context(safe_open(local, framework="np"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def _check(tensors, by_path, sizes, folder, tied):
+    expected = {piece.name: piece.weight.shape(sizes) for own in by_path.values() for piece in own}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder}: tensor {name} of shape {list(shape)} is missing")
+        file, handle = tensors[name]
+        found = handle.get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            raise CheckpointError(
+                f"{folder / file}: tensor {name} has shape {found.get_shape()}, config.json implies {list(shape)}"
+            )
+        if found.get_dtype() not in FLOATS:
+            raise CheckpointError(
+                f"{folder / file}: tensor {name} has type {found.get_dtype()}, not {', '.join(FLOATS)}"
+            )
+    for name in tensors.keys() - expected.keys():
+        if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight"):
+            raise CheckpointError(f"{folder / tensors[name][0]}: tensor {name} has no place in this model")

@@ -1,0 +1,107 @@
+"""Name maps: which tensor of a file is which part of which parameter."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxpost.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One kind of tensor in a file, and where it lies in the parameters.
+
+    name: of the tensor; "{layer}" stands for the layer number.
+    path: of the parameter, "layers/attn/q/weight". Under "layers" its first dimension, the layer, is not in `dims`.
+    dims: "(H h) D -> D H h": dimensions of the tensor (merged ones in brackets) -> of the parameter. A number on the
+      right is a fixed index: "F D -> D 1 F" fills [:, 1, :] of a parameter [D, 2, F].
+    """
+
+    name: str
+    path: str
+    dims: str
+
+    def groups(self) -> list[list[str]]:
+        """Letters of each dimension of the tensor."""
+        left = self.dims.split("->")[0]
+        return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", left)]
+
+    def target(self) -> list[str]:
+        return self.dims.split("->")[1].split()
+
+    def letters(self) -> list[str]:
+        """Dimensions of one piece of the parameter."""
+        return [letter for letter in self.target() if not letter.isdigit()]
+
+    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups())
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor of a file and its place: parameter `path`, at the `fixed` index of each dimension (None: all of it)."""
+
+    weight: Weight
+    name: str
+    path: tuple[str, ...]
+    fixed: tuple[int | None, ...]
+
+    @property
+    def index(self) -> tuple:
+        return tuple(slice(None) if i is None else i for i in self.fixed)
+
+
+def sizes_of(config: ModelConfig) -> dict[str, int]:
+    """The dimension letters of `types`, for this model."""
+    return {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "H": config.num_heads,
+        "K": config.num_kv_heads,
+        "h": config.head_dim,
+        "F": config.mlp_dim,
+    }
+
+
+def pieces(weights: tuple[Weight, ...], config: ModelConfig) -> Iterator[Piece]:
+    """Every tensor that the files of this model must hold."""
+    scanned = config.num_layers - config.tail_layers
+    for weight in weights:
+        path = tuple(weight.path.split("/"))
+        fixed = tuple(int(letter) if letter.isdigit() else None for letter in weight.target())
+        if "{layer}" not in weight.name:
+            yield Piece(weight, weight.name, path, fixed)
+            continue
+        for layer in range(config.num_layers):
+            stack, row = ("layers", layer) if layer < scanned else ("tail", layer - scanned)
+            yield Piece(weight, weight.name.format(layer=layer), (stack, *path[1:]), (row, *fixed))
+
+
+def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
+    """The tensor of the file out of its piece of a parameter, contiguous."""
+    letters = weight.letters()
+    order = [letters.index(letter) for group in weight.groups() for letter in group]
+    shape = weight.shape(dict(zip(letters, value.shape, strict=True)))
+    # safetensors writes a transposed view as if it were contiguous: silently wrong values.
+    return np.ascontiguousarray(value.transpose(order).reshape(shape))
+
+
+def from_slice(weight: Weight, tensor: Any, index: tuple[slice, ...], sizes: dict[str, int]) -> np.ndarray:
+    """The part `index` (start and stop per letter) of a piece of a parameter, read from a lazy slice of a file."""
+    letters = weight.letters()
+    wanted = dict(zip(letters, index, strict=True))
+    read, shape, inner = [], [], []
+    for first, *rest in weight.groups():
+        outer = wanted[first]
+        width = math.prod(sizes[letter] for letter in rest)  # entries of the file's dimension per step of `first`
+        read.append(slice(outer.start * width, outer.stop * width))
+        shape += [outer.stop - outer.start, *(sizes[letter] for letter in rest)]
+        inner += [slice(None), *(wanted[letter] for letter in rest)]
+    value = np.asarray(tensor[tuple(read)]).reshape(shape)[tuple(inner)]
+    order = [letter for group in weight.groups() for letter in group]
+    return value.transpose([order.index(letter) for letter in letters])
