@@ -31,6 +31,6 @@ def dft(logps: "Float[Array, '...']") -> "Float[Array, '...']":
     Rectification", arXiv:2508.05629, equation 9.
 
     >>> print(dft(jnp.log(jnp.array([0.5]))))  # 0.5 * ln 2
-    [0.34657359]
+    [0.3465736]
     """
     return -jax.lax.stop_gradient(jnp.exp(logps)) * logps

@@ -83,7 +83,8 @@ def _chunked(static, hidden, weight, bias, targets, scored):
 def _forward(static, hidden, weight, bias, targets, scored):
     width = static[0]
     order, chunks = _plan(scored, width)
-    sorted_hidden = _permute(hidden, order, width)
+    # Zeros where not asked for: a chunk may hold such positions of a shorter row.
+    sorted_hidden = _permute(jnp.where(scored[..., None], hidden, 0), order, width)
     sorted_targets = _permute(targets, order, width)
     table = weight.astype(hidden.dtype)
 
@@ -112,15 +113,15 @@ def _forward(static, hidden, weight, bias, targets, scored):
     stats = tuple(
         jnp.where(scored, jnp.take_along_axis(s[:, : scored.shape[1]], inverse, axis=1), 0) for s in sorted_stats
     )
-    return stats, (hidden, weight, bias, targets, order, chunks, log_normaliser, sorted_stats[1])
+    sorted_entropy = sorted_stats[1]
+    return stats, (sorted_hidden, weight, bias, sorted_targets, scored, order, chunks, log_normaliser, sorted_entropy)
 
 
 def _backward(static, residuals, cotangents):
-    hidden, weight, bias, targets, order, chunks, log_normaliser, entropy = residuals
+    sorted_hidden, weight, bias, sorted_targets, scored, order, chunks, log_normaliser, entropy = residuals
     width, temperature, scale, soft_cap = static
-    table = weight.astype(hidden.dtype)
-    sorted_hidden, sorted_targets = _permute(hidden, order, width), _permute(targets, order, width)
-    d_logps, d_entropy = (_permute(c, order, width) for c in cotangents[:2])
+    table = weight.astype(sorted_hidden.dtype)
+    d_logps, d_entropy = (_permute(jnp.where(scored, c, 0), order, width) for c in cotangents[:2])
 
     def body(i, grads):
         d_hidden, d_weight, d_bias = grads
@@ -134,9 +135,9 @@ def _backward(static, residuals, cotangents):
         dz = jnp.where(hit, c, 0) - jnp.exp(logp) * (c + d * (logp + ent))
         if soft_cap is not None:
             dz = dz * (1 - capped * capped)  # capped = tanh(logit / soft_cap)
-        dz = (dz * (scale / temperature)).astype(hidden.dtype)
+        dz = (dz * (scale / temperature)).astype(table.dtype)
         d_weight = d_weight + jnp.einsum("btv,btd->vd", dz, h, preferred_element_type=jnp.float32)
-        d_h = jnp.einsum("btv,vd->btd", dz, table, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        d_h = jnp.einsum("btv,vd->btd", dz, table, preferred_element_type=jnp.float32).astype(table.dtype)
         if bias is not None:
             d_bias = d_bias + dz.astype(jnp.float32).sum((0, 1))
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, i * width, 1), d_weight, d_bias
@@ -148,7 +149,7 @@ def _backward(static, residuals, cotangents):
     )
     d_hidden, d_weight, d_bias = jax.lax.fori_loop(0, chunks, body, start)
     inverse = jnp.argsort(order, axis=1)
-    d_hidden = jnp.take_along_axis(d_hidden[:, : hidden.shape[1]], inverse[..., None], axis=1)
+    d_hidden = jnp.take_along_axis(d_hidden[:, : scored.shape[1]], inverse[..., None], axis=1)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return d_hidden, d_weight.astype(weight.dtype), d_bias, None, None
 

@@ -185,8 +185,8 @@ class Loop:
         self.bar.update(step, values["loss"], tokens / seconds)
         if bad >= limit:
             raise UserError(
-                f"optimizer.max_bad_steps: {int(bad)} steps in a row had a non-finite gradient, the last is step {step} "
-                f"(all skipped); lower optimizer.learning_rate or look at the examples of these steps"
+                f"optimizer.max_bad_steps: {int(bad)} steps in a row up to step {step} had a non-finite gradient and "
+                "were skipped; lower optimizer.learning_rate or look at the examples of these steps"
             )
 
     def evaluate(self, state, step: int):

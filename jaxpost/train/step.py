@@ -48,7 +48,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
 
 
 def make_eval_step(objective):
-    """`(params, frozen, carry, batch) -> (terms, metrics)`: everything adds up over batches, `total_loss` at the end."""
+    """`(params, frozen, carry, batch) -> (terms, metrics)`: Means add up over batches, `total_loss` ends it."""
 
     def step(params, frozen, carry, batch: Batch):
         return objective(params, frozen, carry, batch, jax.random.key(0))
