@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.batch.documents_per_row = 16  # most pairs packed into a row
 
     config.run = ConfigDict()
-    config.run.dir = "runs/dpo"  # may be gs://
+    config.run.dir = None  # may be gs://; None: a new folder runs/dpo-N
     config.run.steps = 100  # optimizer steps (or run.epochs, passes over the data)
     config.run.seed = 0  # 0 .. 2**31 - 1
     config.run.eval_every = 0  # steps; 0 = only at the end

@@ -88,7 +88,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    dir: str | None = key("run folder, may be gs://; None = runs/STAGE", None)
+    dir: str | None = key("run folder, may be gs://; None = a new runs/STAGE-N", None)
     steps: int | None = key("optimizer steps; this or run.epochs", None, low=1)
     epochs: int | None = key("passes over data.train; this or run.steps", None, low=1)
     seed: int = key("of the data order, the held-out draw and every random draw", 0, low=0, high=2**31 - 1)
@@ -219,19 +219,19 @@ def override(values: dict, name: str, text: str) -> None:
 
 def _fill(config: Config) -> Config:
     """The defaults that depend on other keys."""
-    loss, run, data = config.loss, config.run, config.data
+    loss, data = config.loss, config.data
     if loss.name is None:
         loss = dataclasses.replace(loss, name=DEFAULT_LOSS[config.stage])
-    if run.dir is None:
-        run = dataclasses.replace(run, dir=f"runs/{config.stage}")
     if data.eval is None and {path for path, _ in data.train} == {"embedded"}:
         data = dataclasses.replace(data, eval=(("embedded", 1.0),))
-    return dataclasses.replace(config, loss=loss, run=run, data=data)
+    return dataclasses.replace(config, loss=loss, data=data)
 
 
 def _contradictions(c: Config):
     """Yields (key, what is wrong) for keys that are fine alone but not together."""
     run, batch, mesh, optimizer = c.run, c.batch, c.mesh, c.optimizer
+    if run.resume and run.dir is None:
+        yield "run.dir", "missing; run.resume=True needs the folder of the run to go on with"
     if run.steps is None and run.epochs is None:
         yield "run.steps", "missing; set run.steps or run.epochs"
     if run.steps is not None and run.epochs is not None:

@@ -119,14 +119,16 @@ def convert(cls, values, prefix: str = "", root=None):
 
 def unknown(cls, name: str) -> str:
     """What to say of a dotted key that `cls` has not: the nearest one, or those of its section."""
-    sections = [f.name for f in dataclasses.fields(cls)]
-    known = [*keys(cls), *sections]
     section, _, leaf = name.rpartition(".")
-    near = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(name, known, 1, cutoff=0.7)
+    known = [*keys(cls), *(f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type))]
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    elsewhere = [k for k in known if k.rpartition(".")[2] == leaf]  # right name, wrong or misspelt section
+    near = difflib.get_close_matches(name, elsewhere, 1, cutoff=0)
+    near = near or [siblings[s] for s in difflib.get_close_matches(leaf, siblings, 1)]
     if near:
         return f"unknown key; did you mean {near[0]}?"
-    siblings = [k.rpartition(".")[2] for k in keys(cls) if section and k.rpartition(".")[0] == section]
-    return f"unknown key; there are {', '.join(siblings or sections)}"
+    names = siblings or {k.partition(".")[0]: None for k in known}
+    return f"unknown key; there are {', '.join(names)}"
 
 
 def _value(name: str, annotation, value, limits: Mapping = NO_LIMITS):

@@ -1,0 +1,83 @@
+"""The command line: `jaxpost VERB --flag=value`. Each verb is one short file here with `run(arguments)`.
+
+A UserError is printed as one line and ends the program with code 2; nothing else is caught. With main.py these files
+are the only code that reads flags.
+"""
+
+import argparse
+import importlib
+import sys
+
+from jaxpost import config, schema
+from jaxpost.errors import ConfigError, UserError
+
+VERBS = {
+    "train": "runs the stage that a config describes",
+    "check": "shows what a config's data becomes, without training",
+    "chat": "talks to a checkpoint",
+    "export": "writes a run's weights in Hugging Face layout",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are the one line that all user errors are."""
+
+    def __init__(self, verb: str, **kwargs):
+        super().__init__(
+            prog=f"jaxpost {verb}",
+            description=f"{VERBS[verb]}.".capitalize(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def console() -> None:
+    """The console script `jaxpost`."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one verb; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print("usage: jaxpost VERB --help\n")
+        for verb, summary in VERBS.items():
+            print(f"  {verb:8}{summary}")
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"{verb}: unknown verb; there are {', '.join(VERBS)}")
+        importlib.import_module(f"jaxpost.cli.{verb}").run(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_config(verb: str, arguments: list[str]) -> config.Config:
+    """`--config=NAME --config.loss.beta=0.2 ...` -> the resolved config."""
+    parser = Parser(verb, epilog=key_table())
+    parser.add_argument("--config", metavar="FILE", help="config file, or the name of one that ships (dpo, sft)")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="sets one key of it; repeatable")
+    known, overrides = parser.parse_known_args(arguments)
+    if known.config is None:
+        raise ConfigError("--config: missing; give a config file, as in --config=configs/dpo.py")
+    values = config.load(known.config)
+    for argument in overrides:
+        name, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config."):
+            raise ConfigError(f"{argument}: unknown argument; keys are set by --config.KEY=VALUE")
+        if not equals:
+            raise ConfigError(f"{name}: no value; write --config.{name}=VALUE")
+        config.override(values, name, text)
+    return config.resolve(values)
+
+
+def key_table() -> str:
+    """Every key with default, meaning and range, for --help."""
+    lines = [f"  {name:24} {default:16} {meaning}" for name, default, meaning in schema.describe(config.Config)]
+    return "keys (with default, meaning and range):\n" + "\n".join(lines)
