@@ -211,7 +211,10 @@ def alpaca(record: dict):
     for pair in record.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ExampleFault("not_a_message", "history must be a list of [user, assistant] pairs")
-        turns += [{"role": role, "content": _text(text, "history")} for role, text in zip(("user", "assistant"), pair)]
+        turns += [
+            {"role": role, "content": _text(text, "history")}
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
     turns.append({"role": "user", "content": f"{question}\n{extra}" if extra else question})
     answer = {"role": "assistant", "content": _text(record["output"], "output")}
     return "chat", Conversation(tuple(turns)), ((answer,),)
@@ -303,7 +306,9 @@ def _split_turns(text: str) -> tuple[dict, ...]:
     if head.strip() or not parts:
         raise ExampleFault("no_messages", 'a dialogue must begin with "\\n\\nHuman:" or "\\n\\nAssistant:"')
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple({"role": roles[who], "content": what.strip()} for who, what in zip(parts[::2], parts[1::2]))
+    return tuple(
+        {"role": roles[who], "content": what.strip()} for who, what in zip(parts[::2], parts[1::2], strict=True)
+    )
 
 
 def _split_dialogues(chosen: tuple[dict, ...], rejected: tuple[dict, ...], tools):

@@ -40,7 +40,8 @@ def load_tokenizer(path) -> "Tokenizer":
     content = model.read_bytes()
     if str(model).endswith(".gz"):
         content = gzip.decompress(content)
-    beside = {name: (model.parent / name).read_bytes() for name in SETTING_FILES if (model.parent / name).exists()}
+    names = (*SETTING_FILES, *MODEL_FILES[::2]) if given.is_dir() else SETTING_FILES
+    beside = {name: (model.parent / name).read_bytes() for name in names if (model.parent / name).exists()}
     settings = _Settings(str(path), model.parent, beside)
     kind = JsonTokenizer if content.lstrip()[:1] == b"{" else SentencePieceTokenizer
     return kind(content, settings)
@@ -141,6 +142,10 @@ class Tokenizer(abc.ABC):
         """The files that an exported checkpoint needs, as they were read (decompressed)."""
         return {self.model_file: self._content, **self._settings.files}
 
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The ids of a whole sequence with BOS in front, exactly once: a template may have written it already."""
+        return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text: no BOS or EOS added; special tokens that are written in it become their ids."""
         return self.encode_with_offsets(text)[0]
@@ -158,6 +163,11 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token(self, index: int) -> str:
         """The vocabulary's own spelling of an id, for showing."""
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """The spellings of all special tokens."""
+        return tuple(self.token(index) for index in sorted(self._special_ids()))
 
     @abc.abstractmethod
     def _model_special_id(self, name: str) -> int | None: ...

@@ -1,0 +1,147 @@
+"""Encoding: an `Example` becomes `Document`s. Each sequence is rendered once and tokenised once, as a whole.
+
+A token is trained iff its last character lies in a trained span: a token that begins in the generation prompt and ends
+in the answer (" Yes") is trained, one that ends in the next user turn is not. The first token of a sequence never is.
+BOS stands at the beginning exactly once: the template's, else one is put there if the tokenizer adds one.
+
+Over-long sequences (prompt and one completion beyond `max_tokens`): `on_long="drop"` raises the fault `too_long`;
+"truncate" cuts the prompt (all before the first trained token) from the left and keeps BOS. A completion is never cut:
+where the prompt gives too little, the example is `too_long` all the same. Raw text without a prompt is cut into
+consecutive pieces under either setting; each piece after the first begins with the last token of the piece before,
+untrained, so that every token is trained once.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jaxpost.data.formats import Example, ExampleFault
+from jaxpost.data.templates import Rendered, Template
+from jaxpost.data.tokenizers import Tokenizer
+from jaxpost.types import Document
+
+NO_PROMPT = np.zeros(0, np.int32)  # of a linear document
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One whole sequence: int32[T] ids and bool[T], which are trained."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+    def __getitem__(self, part: slice) -> "Sequence":
+        return Sequence(self.ids[part], self.trained[part])
+
+    @property
+    def first_trained(self) -> int:
+        return int(np.argmax(self.trained))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The documents of one example. truncated: its prompt has lost tokens."""
+
+    documents: list[Document]
+    truncated: bool
+
+
+def encode(
+    example: Example, example_id: int, *, template: Template, tokenizer: Tokenizer, max_tokens: int, on_long: str
+) -> Encoded:
+    """The documents of an example: one, or the pieces of a long raw text.
+
+    max_tokens: of prompt and one completion together. on_long: "truncate" or "drop" (see module).
+    Raises ExampleFault: too_long, empty_mask, no_prompt, chosen_equals_rejected, and what the template refuses.
+    """
+    try:
+        sequences = [_sequence(example, completion, template, tokenizer) for completion in example.completions]
+        if not all(sequence.trained.any() for sequence in sequences):
+            raise ExampleFault("empty_mask", "no token of it would be trained")
+        if example.kind == "preference":
+            parts = [_pair(sequences, tokenizer.bos_id, max_tokens, on_long)]
+        elif example.kind == "text" and example.prompt is None:
+            parts = [(NO_PROMPT, [piece]) for piece in _pieces(sequences[0], max_tokens)]
+        else:
+            parts = [(NO_PROMPT, [_shortened(sequences[0], tokenizer.bos_id, max_tokens, on_long)])]
+    except ExampleFault as fault:
+        raise ExampleFault(fault.reason, fault.detail, example.origin) from None
+    documents = [
+        Document(
+            prompt=prompt,
+            completions=tuple(part.ids for part in completions),
+            weights=tuple(part.trained.astype(np.float32) for part in completions),
+            example_id=example_id,
+            origin=example.origin,
+        )
+        for prompt, completions in parts
+    ]
+    whole = max(len(sequence.ids) for sequence in sequences)
+    return Encoded(documents, truncated=whole > max_tokens and example.prompt is not None)
+
+
+def _sequence(example: Example, completion, template: Template, tokenizer: Tokenizer) -> Sequence:
+    """Prompt and one completion, as text with spans, then as tokens."""
+    if isinstance(completion, str):
+        prompt = example.prompt or ""
+        end = tokenizer.special_tokens.get("eos_token", "")
+        text = prompt + completion + ("" if end and completion.endswith(end) else end)
+        return _tokenize(Rendered(text, ((len(prompt), len(text)),)), tokenizer)
+    seen = example.prompt.messages
+    return _tokenize(template.render((*seen, *completion), example.prompt.tools, trained_from=len(seen)), tokenizer)
+
+
+def _tokenize(rendered: Rendered, tokenizer: Tokenizer) -> Sequence:
+    ids, offsets = tokenizer.encode_with_offsets(rendered.text)
+    ends = np.array([end for _, end in offsets], np.int64)
+    trained = np.zeros(len(ids), bool)
+    for start, end in rendered.spans:
+        trained |= (ends > start) & (ends <= end)
+    whole = tokenizer.with_bos(ids)
+    trained = np.concatenate([np.zeros(len(whole) - len(ids), bool), trained])
+    trained[:1] = False  # nothing comes before it to predict it from
+    return Sequence(np.array(whole, np.int32), trained)
+
+
+def _pieces(sequence: Sequence, max_tokens: int) -> list[Sequence]:
+    pieces = []
+    for start in range(0, len(sequence.ids) - 1, max_tokens - 1):
+        trained = sequence.trained[start : start + max_tokens].copy()
+        trained[0] = False
+        pieces.append(Sequence(sequence.ids[start : start + max_tokens], trained))
+    return pieces
+
+
+def _shortened(sequence: Sequence, bos: int | None, max_tokens: int, on_long: str) -> Sequence:
+    prompt = sequence[: sequence.first_trained]
+    kept = _cut(prompt.ids, len(sequence.ids) - max_tokens, bos, on_long)
+    rest = sequence[len(prompt.ids) :]
+    return Sequence(np.concatenate([kept, rest.ids]), np.concatenate([np.zeros(len(kept), bool), rest.trained]))
+
+
+def _pair(pair: list[Sequence], bos: int | None, max_tokens: int, on_long: str) -> tuple[np.ndarray, list[Sequence]]:
+    """The shared prompt and the two completions.
+
+    The prompt is the common beginning of the two whole tokenisations, no further than the last token before the first
+    trained one: where an answer's first letters change how the prompt's end is tokenised, that end is not shared.
+    """
+    chosen, rejected = pair
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise ExampleFault("chosen_equals_rejected", "chosen and rejected have the same tokens")
+    shorter = min(len(chosen.ids), len(rejected.ids))
+    differing = np.flatnonzero(chosen.ids[:shorter] != rejected.ids[:shorter])
+    shared = min(differing[0] if len(differing) else shorter, chosen.first_trained, rejected.first_trained)
+    if shared == 0:
+        raise ExampleFault("no_prompt", "chosen and rejected have no token in common to begin with")
+    excess = max(len(chosen.ids), len(rejected.ids)) - max_tokens
+    return _cut(chosen.ids[:shared], excess, bos, on_long), [chosen[shared:], rejected[shared:]]
+
+
+def _cut(prompt: np.ndarray, excess: int, bos: int | None, on_long: str) -> np.ndarray:
+    """The prompt less `excess` tokens, taken from the left behind BOS; at least one other token stays."""
+    if excess <= 0:
+        return prompt
+    first = int(len(prompt) > 0 and prompt[0] == bos)
+    if on_long == "drop" or excess >= len(prompt) - first:
+        raise ExampleFault("too_long", f"{excess} tokens longer than data.max_tokens")
+    return np.concatenate([prompt[:first], prompt[first + excess :]])
