@@ -273,11 +273,11 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) pairs for a table."""
-        files = [(name, f"format {format}") for name, format in zip(self.names, self.formats, strict=True)]
+        files = [("file", f"{name} ({form})") for name, form in zip(self.names, self.formats, strict=True)]
         lengths = ", ".join(f"{'max' if p == 100 else f'{p} %'} {n:,}" for p, n in self.percentiles.items())
         rows = [*files, ("examples read", f"{self.read:,}"), ("examples kept", f"{self.kept:,}")]
         for reason, count in self.dropped.most_common():
-            where = ", ".join(str(fault.origin) for fault in self.origins[reason])
+            where = ", ".join(str(fault.origin).rpartition("/")[2] for fault in self.origins[reason])
             rows.append((f"dropped: {reason}", f"{count:,} ({where}{', ...' if count > ORIGINS_SHOWN else ''})"))
         rows += [("truncated", f"{self.truncated:,}")] if self.truncated else []
         trained = f"{self.tokens:,}, of which {100 * self.trained_tokens / max(self.tokens, 1):.1f} % trained"

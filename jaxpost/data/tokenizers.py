@@ -173,6 +173,10 @@ class Tokenizer(abc.ABC):
     def _model_special_id(self, name: str) -> int | None: ...
 
     @abc.abstractmethod
+    def show(self, index: int) -> str:
+        """The text that an id stands for, with its leading space; its own spelling where it is part of a character."""
+
+    @abc.abstractmethod
     def _special_ids(self) -> set[int]: ...
 
     def is_special(self, index: int) -> bool:
@@ -216,6 +220,10 @@ class JsonTokenizer(Tokenizer):
 
     def token(self, index: int) -> str:
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
+
+    def show(self, index: int) -> str:
+        text = self.decode([index], skip_special=False)
+        return self.token(index) if "\ufffd" in text or not text else text
 
     def _model_special_id(self, name: str) -> int | None:
         return self._first_added if name == "bos_token" else None
@@ -322,6 +330,10 @@ class SentencePieceTokenizer(Tokenizer):
         if index in self._texts:
             return self._texts[index]
         return self._inside.id_to_piece(index) if index < len(self._inside) else f"<{index}>"
+
+    def show(self, index: int) -> str:
+        token = self.token(index)
+        return "\n" if token == "<0x0A>" else token.replace("\u2581", " ")
 
     def _model_special_id(self, name: str) -> int | None:
         found = {"bos_token": self._inside.bos_id, "eos_token": self._inside.eos_id, "pad_token": self._inside.pad_id}
