@@ -11,7 +11,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jaxpost.data.rows import build_batch, pack
+from jaxpost.data.rows import build_batch, pack, take_rows
 from jaxpost.errors import DataError
 from jaxpost.types import Batch, Document
 
@@ -24,6 +24,10 @@ class Place(NamedTuple):
     epoch: int
     window: int  # of the epoch
     row: int  # of the window
+
+
+class EndOfData(IndexError):
+    """A step beyond the last epoch was asked for. A class of its own, as documents may raise IndexError too."""
 
 
 class Loader:
@@ -102,12 +106,12 @@ class Loader:
             return self._first_steps[epochs]
 
     def place(self, step: int) -> Place:
-        """Where the step's first row lies. Raises IndexError beyond the last epoch."""
+        """Where the step's first row lies. Raises EndOfData beyond the last epoch."""
         epoch, first_row = self._locate(step)
         return self._place_of_row(epoch, first_row)
 
     def rows_documents(self, step: int) -> list[list[int]]:
-        """Indices into `documents`, for each of the step's rows in order. Raises IndexError beyond the last epoch."""
+        """Indices into `documents`, for each of the step's rows in order. Raises EndOfData beyond the last epoch."""
         epoch, first_row = self._locate(step)
         _, window, row = self._place_of_row(epoch, first_row)
         ahead = (self._window_rows(epoch, w) for w in range(window, self._windows))
@@ -116,20 +120,25 @@ class Loader:
     def batch(self, step: int, host_rows: slice = slice(None)) -> Batch:
         """The step's batch (numpy), or these of its rows: what this host's devices hold.
 
-        Raises IndexError beyond the last epoch.
+        Raises EndOfData beyond the last epoch.
         """
-        rows = self.rows_documents(step)[host_rows]
-        return build_batch(
-            [[self.documents[i] for i in row] for row in rows],
-            rows_per_step=len(range(self.rows_per_step)[host_rows]),
-            tokens_per_row=self.tokens_per_row,
-            documents_per_row=self.documents_per_row,
-            branches=self.branches,
-        )
+        rows = self.rows_documents(step)
+        if not rows[host_rows]:  # no documents to tell which values a batch carries: other hosts' rows do
+            return take_rows(self._build(rows, self.rows_per_step), host_rows)
+        return self._build(rows[host_rows], len(range(self.rows_per_step)[host_rows]))
 
     def iterate(self, start_step: int = 0, host_rows: slice = slice(None)) -> "Batches":
         """The batches from a step on, built ahead in threads. Close it, or use it in a `with` statement."""
         return Batches(self, start_step, host_rows)
+
+    def _build(self, rows: list[list[int]], rows_per_step: int) -> Batch:
+        return build_batch(
+            [[self.documents[i] for i in row] for row in rows],
+            rows_per_step=rows_per_step,
+            tokens_per_row=self.tokens_per_row,
+            documents_per_row=self.documents_per_row,
+            branches=self.branches,
+        )
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, row of that epoch) at which a step begins; all windows that the step needs are planned."""
@@ -139,7 +148,7 @@ class Loader:
             while step >= self._first_steps[-1]:  # in the newest epoch, or beyond
                 epoch = len(self._first_steps) - 1
                 if epoch == self.epochs:
-                    raise IndexError(f"step {step} is beyond the {self._first_steps[-1]} of {epoch} epochs")
+                    raise EndOfData(f"step {step} is beyond the {self._first_steps[-1]} of {epoch} epochs")
                 first_row = (step - self._first_steps[-1]) * self.rows_per_step
                 if self._plan_rows(epoch, first_row + self.rows_per_step) > first_row:
                     return epoch, first_row
@@ -209,10 +218,9 @@ class _Steps:
 
     def __getitem__(self, index: int) -> Batch | None:
         try:
-            self._loader.place(self._start_step + index)
-        except IndexError:
+            return self._loader.batch(self._start_step + index, self._host_rows)
+        except EndOfData:
             return None
-        return self._loader.batch(self._start_step + index, self._host_rows)
 
 
 class Batches(Iterator[Batch]):

@@ -1,6 +1,7 @@
 """Documents into packed rows, and values of rows back to documents. Plain numpy; the layout is that of `types.Rows`."""
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -192,6 +193,16 @@ def _check_fit(rows, rows_per_step: int, tokens_per_row: int, documents_per_row:
                 raise DataError(
                     f"{document.origin}: has {len(document.completions)} completions, but at most {branches} fit"
                 )
+
+
+def take_rows(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch."""
+    return Batch(
+        rows=Rows(**{field.name: getattr(batch.rows, field.name)[rows] for field in dataclasses.fields(Rows)}),
+        token={name: values[rows] for name, values in batch.token.items()},
+        completion={name: values[rows] for name, values in batch.completion.items()},
+        example_ids=batch.example_ids[rows],
+    )
 
 
 def gather_completions(values: Array, rows: Rows) -> list[list[tuple[np.ndarray, ...]]]:

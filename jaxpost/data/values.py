@@ -45,10 +45,9 @@ class ValueStore(Sequence):
     def for_documents(cls, documents: Iterable[Document]) -> Self:
         """A store in memory with room for the values of these documents, none of them set."""
         lengths = [[len(completion) for completion in document.completions] for document in documents]
+        counts = np.array([len(document) for document in lengths], np.int32)
         flat = np.array([length for document in lengths for length in document], np.int32)
-        return cls(
-            np.array([len(document) for document in lengths], np.int32), flat, np.full(flat.sum(), np.nan, "<f4")
-        )
+        return cls(counts, flat, np.full(flat.sum(), np.nan, "<f4"))
 
     @classmethod
     def open(cls, path: epath.PathLike, key: str) -> Self | None:
