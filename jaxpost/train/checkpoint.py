@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN, PreservationPolicy
@@ -95,12 +96,14 @@ class Checkpointer:
         A damaged newest step is passed over with a warning that names it. Raises CheckpointError when nothing can
         be restored, or when the checkpoint holds other leaves, shapes or types than `abstract`.
         """
-        return self._first_readable(lambda s: self._read(s, abstract, PARTS), step)
+        wanted = {part: getattr(abstract, part) for part in PARTS}
+        found = self._first_readable(lambda s: self._read(s, wanted), step)
+        return TrainState(**{part: _unflat(found[part], tree) for part, tree in wanted.items()}), found["extra"]
 
     def restore_params(self, abstract_params, step: int | None = None):
         """The parameters alone, as `restore` would give them."""
-        state = TrainState(step=None, params=abstract_params, opt_state=None, key=None, carry=None)
-        return self._first_readable(lambda s: self._read(s, state, ("params",)), step)[0].params
+        wanted = {"params": abstract_params}
+        return _unflat(self._first_readable(lambda s: self._read(s, wanted), step)["params"], abstract_params)
 
     def config(self, step: int | None = None) -> dict:
         """The resolved configuration that was saved with `step`, by default the newest readable one."""
@@ -127,8 +130,8 @@ class Checkpointer:
         for candidate in reversed(steps):
             try:
                 found = read(candidate)
-            except CheckpointError:
-                raise
+            except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # another run's checkpoint, or no memory: that is no damage
             except Exception as error:  # orbax, tensorstore and json raise whatever they like on damage
                 reason = _first_line(error)
                 if step is None:
@@ -140,20 +143,16 @@ class Checkpointer:
             return found
         raise CheckpointError(f"{self.directory}: step {steps[0]} is damaged ({reason}), and none is left that is not")
 
-    def _read(self, step: int, abstract: TrainState, parts) -> tuple[TrainState, dict]:
+    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        """{part: {path: array}} of the wanted {part: abstract tree}, and `extra`."""
         stored = self._read_json(step, "manifest")["leaves"]
-        wanted = {part: _flat(getattr(abstract, part)) for part in parts}
-        for part, leaves in wanted.items():
+        flat = {part: _flat(tree) for part, tree in wanted.items()}
+        for part, leaves in flat.items():
             _check_same(f"{self.directory / str(step)}: {part}", stored[part], leaves)
-        items = {
-            part: ocp.args.StandardRestore(jax.tree.map(_target, leaves)) for part, leaves in wanted.items() if leaves
-        }
+        targets = {part: jax.tree.map(_target, leaves) for part, leaves in flat.items() if leaves}
+        items = {part: ocp.args.StandardRestore(leaves) for part, leaves in targets.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **items))
-        state = {part: None for part in PARTS}
-        for part, leaves in wanted.items():
-            values = [_typed(found[part][name], like) for name, like in leaves.items()]
-            state[part] = jax.tree.unflatten(jax.tree.structure(getattr(abstract, part)), values)
-        return TrainState(**state), found["extra"]
+        return {"extra": found["extra"]} | {part: found[part] if part in items else {} for part in wanted}
 
     def _read_json(self, step: int, item: str) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
@@ -251,8 +250,18 @@ def _target(like) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
 
 
+def _unflat(leaves: dict[str, jax.Array], like):
+    """The tree `like` with the restored leaves, keys typed again."""
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [_typed(leaves[name], leaf) for name, leaf in _flat(like).items()]
+    )
+
+
 def _typed(x, like):
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
+    if not _is_key(like):
+        return x
+    impl = jax.random.key_impl(jnp.empty((), like.dtype))  # an abstract leaf does not tell its generator
+    return jax.random.wrap_key_data(x, impl=impl)
 
 
 def _check_same(where: str, stored: dict[str, list], wanted: dict[str, Any]) -> None:

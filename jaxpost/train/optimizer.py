@@ -103,7 +103,12 @@ def make_schedule(settings, total_steps: int) -> Callable[[Any], jax.Array]:
     }[settings.schedule]()
     if warmup:
         after = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
-    return lambda step: jnp.asarray(after(step), jnp.float32)
+
+    def schedule(step):
+        with jax.numpy_dtype_promotion("standard"):  # as in in_float32
+            return jnp.asarray(after(step), jnp.float32)
+
+    return schedule
 
 
 def skip_non_finite(
@@ -158,7 +163,8 @@ def in_float32(transform: optax.GradientTransformation, moment_dtype=jnp.float32
         return stored(transform.init(_to_float32(params)))
 
     def update(grads, state, params=None):
-        updates, state = transform.update(_to_float32(grads), _to_float32(state), _to_float32(params))
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by its int32 counts
+            updates, state = transform.update(_to_float32(grads), _to_float32(state), _to_float32(params))
         return updates, stored(state)
 
     return optax.GradientTransformation(init, update)
