@@ -184,7 +184,7 @@ def _json(text: str, key: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ExampleFault("bad_tools", f"{key} is not JSON ({error.msg})") from None
+        raise ExampleFault("bad_json", f"{key} is not JSON ({error.msg})") from None
 
 
 # --- formats for supervised training ----------------------------------------------------------------------------------
