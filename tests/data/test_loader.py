@@ -138,6 +138,9 @@ class TestOrder:
         assert last.rows.weights.sum() == 4
         assert loader.place(3) == (1, 0, 0)
 
+    def test_an_epoch_of_whole_steps_is_not_followed_by_an_empty_one(self):
+        assert make_loader(Documents([5] * 8), tokens_per_row=5).place(2) == (1, 0, 0)
+
 
 class TestRandomAccess:
     def test_any_step_at_any_time(self):
