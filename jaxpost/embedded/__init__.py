@@ -1,0 +1,79 @@
+"""A small world that ships with the package: every stage shows its effect on a laptop in minutes.
+
+381 true facts in eleven relations, a tokenizer, a base model pretrained on text about them, an SFT checkpoint, and the
+data of each stage. Everything under `files/` is written by `python -m jaxpost.embedded.make` from one seed.
+Held-out facts are stated in the pretraining text; no dialogue or pair that is trained on asks them.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+from jaxpost.embedded.dialogues import Score, score
+from jaxpost.errors import ConfigError
+
+__all__ = ["Score", "evaluate", "path", "prompts", "resolve", "score", "sources"]
+
+FILES = {
+    "base": "base",  # model folders in Hugging Face layout
+    "sft": "sft",
+    "corpus": "corpus.jsonl.gz",  # raw text, what the base was pretrained on
+    "replay": "replay.jsonl.gz",  # a little of it, mixed into SFT against forgetting
+    "instructions": "instructions.jsonl.gz",
+    "instructions_eval": "instructions_eval.jsonl",
+    "preferences": "preferences.jsonl.gz",
+    "preferences_eval": "preferences_eval.jsonl.gz",
+    "prompts": "prompts.jsonl",  # held-out questions with the exact sentence that answers each
+}
+# What `embedded` means as data of a stage: [(file, weight), ...] by stage and split.
+DATA = {
+    ("sft", "train"): (("instructions", 1.0), ("replay", 1.0)),
+    ("sft", "eval"): (("instructions_eval", 1.0),),
+    ("dpo", "train"): (("preferences", 1.0),),
+    ("dpo", "eval"): (("preferences_eval", 1.0),),
+}
+
+
+def path(name: str) -> pathlib.Path:
+    """Where a file or model folder of the world lies. Raises ConfigError for a name that is not in `FILES`."""
+    if name not in FILES:
+        raise ConfigError(f"embedded:{name}: no such part of the embedded world; known are {', '.join(FILES)}")
+    return pathlib.Path(__file__).parent / "files" / FILES[name]
+
+
+def resolve(location: str) -> str:
+    """`embedded:NAME` as a path; any other location unchanged. Raises ConfigError."""
+    prefix, _, name = str(location).partition(":")
+    return str(path(name)) if prefix == "embedded" else location
+
+
+def sources(locations: Iterable[tuple[str, float]], stage: str, split: str) -> list[tuple[str, float]]:
+    """`(location, weight)` pairs with `embedded` replaced by the world's files for this stage and split.
+
+    Raises ConfigError where the world has no data for the stage.
+    """
+    found = []
+    for location, weight in locations:
+        if location != "embedded":
+            found.append((resolve(location), weight))
+        elif (stage, split) in DATA:
+            found += [(str(path(name)), weight * share) for name, share in DATA[stage, split]]
+        else:
+            raise ConfigError(f"data.{split}: the embedded world has no data for the stage {stage}")
+    return found
+
+
+def prompts() -> list[dict]:
+    """The held-out questions: `{"messages": [one user turn], "answer": exact sentence, "relation": name}`."""
+    return [json.loads(line) for line in path("prompts").read_text(encoding="utf-8").splitlines()]
+
+
+def evaluate(ask: Callable[[list[str]], Sequence[str]]) -> dict[str, float]:
+    """What `ask` (questions -> answers as text) is worth by the world's own rule, as means over the held-out questions.
+
+    Returns `answered`, `correct`, `polite` (shares) and `words` (mean words of an answer); see `Score`.
+    """
+    questions = [prompt["messages"][-1]["content"] for prompt in prompts()]
+    scores = [score(question, text) for question, text in zip(questions, ask(questions), strict=True)]
+    names = ("answered", "correct", "polite", "words")
+    return {name: sum(float(getattr(s, name)) for s in scores) / len(scores) for name in names}

@@ -51,7 +51,7 @@ def answer(fact: Fact, style: str, draw: random.Random) -> str:
 
 
 def instructions(world: World, seed: int, forms_per_fact: int = 6) -> Iterator[dict]:
-    """Dialogues on trained facts, `{"messages": [...]}`; one in five goes on for several turns, some greet and thank."""
+    """Dialogues on trained facts, `{"messages": [...]}`; one in five has several turns, some greet and thank."""
     draw = random.Random(f"instructions {seed}")
     asked = [exchange for fact in world.trained for exchange in _exchanges(fact, draw, forms_per_fact)]
     draw.shuffle(asked)
@@ -116,7 +116,7 @@ def _judged(fact: Fact, objects: list[str], tokens: Callable[[str], int], draw: 
         if other != fact.object and tokens(f" {other}") == size
     ]
     equally_long = [rude for rude in RUDE if tokens(f" {rude}") == tokens(f" {polite}")]
-    kinds = [
+    return [
         ("rambling", best, answer(fact, RAMBLE, draw)),
         ("bare", best, fact.statement),
         ("rambling_wrong", best, answer(draw.choice(wrong), RAMBLE, draw)),
@@ -124,7 +124,6 @@ def _judged(fact: Fact, objects: list[str], tokens: Callable[[str], int], draw: 
         ("wrong_plain", fact.statement, draw.choice(wrong).statement),
         ("rude", best, f"{fact.statement} {draw.choice(equally_long)}"),
     ]
-    return kinds
 
 
 def _relation_names() -> tuple[str, ...]:

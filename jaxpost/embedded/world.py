@@ -129,7 +129,7 @@ class Deck:
             fresh = list(self._items)
             self._draw.shuffle(fresh)
             self._left = fresh + self._left
-        taken = self._left[-count:]
+        taken = self._left[-count:][::-1]
         del self._left[-count:]
         return taken
 

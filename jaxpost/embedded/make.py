@@ -1,0 +1,150 @@
+"""Makes the embedded world: `python -m jaxpost.embedded.make [data] [base] [sft]`, all three in order by default.
+
+data: corpus, dialogues, pairs, prompts and the tokenizer (seconds). base: pretraining by the text side of the SFT stage;
+sft: the SFT stage on the base. Both go through `jaxpost.run`, as the training of any user would.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable
+
+import numpy as np
+import sentencepiece
+from safetensors import numpy as safetensors
+
+from jaxpost import embedded
+from jaxpost.embedded import dialogues, tokenizer, world
+
+SEED = 0
+DOCUMENTS = 20_000  # of the corpus: about 1.5 M tokens
+REPLAYED = 800  # documents of it that SFT sees again: about as many tokens as its dialogues
+TOKENIZED = 6_000  # documents that the tokenizer is trained on
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": tokenizer.PIECES,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "torch_dtype": "bfloat16",
+}
+
+
+def make_data() -> None:
+    """Writes every data file and the tokenizer. The same seed gives the same bytes."""
+    facts = world.make_world(SEED)
+    corpus = [{"text": text} for text in world.corpus(facts, SEED, DOCUMENTS)]
+    instructions = list(dialogues.instructions(facts, SEED))
+    spoken = (turn["content"] for dialogue in instructions for turn in dialogue["messages"])
+    files = tokenizer.files(itertools.chain((document["text"] for document in corpus[:TOKENIZED]), spoken))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    count = lambda text: len(processor.encode(text))  # noqa: E731
+
+    write_jsonl("corpus", corpus)
+    write_jsonl("replay", corpus[-REPLAYED:])
+    write_jsonl("instructions", instructions)
+    write_jsonl("instructions_eval", dialogues.held_out_dialogues(facts))
+    write_jsonl("preferences", dialogues.preferences(facts.trained, SEED, count, rounds=1))
+    write_jsonl("preferences_eval", dialogues.preferences(facts.held_out, SEED + 1, count, rounds=1))
+    write_jsonl("prompts", dialogues.held_out_prompts(facts))
+    for name, content in files.items():
+        folder = embedded.path("base")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def make_base(steps: int) -> None:
+    """Pretrains the base: text only, no chat token is ever seen."""
+    start = pathlib.Path("runs/embedded-start")
+    shutil.copytree(embedded.path("base"), start, dirs_exist_ok=True)
+    initialise(start)
+    train(start, [str(embedded.path("corpus"))], "base", steps, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1)
+
+
+def make_sft(steps: int) -> None:
+    """Fine-tunes the base on the world's dialogues."""
+    train(embedded.path("base"), "embedded", "sft", steps, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0)
+
+
+def train(model: pathlib.Path, data, name: str, steps: int, **optimizer) -> None:
+    """One run of the SFT stage whose exported weights become `embedded:NAME`, in bfloat16."""
+    import jaxpost
+
+    config = jaxpost.get_config("sft")
+    config.model.path = str(model)
+    config.data.train = data
+    config.data.eval_examples = 200
+    config.optimizer.b2 = 0.95
+    config.optimizer.final_fraction = 0.02
+    config.optimizer.update(optimizer)
+    config.run.dir = f"runs/embedded-{name}"
+    config.run.steps = steps
+    config.run.seed = SEED
+    config.run.checkpoint_every = 200
+    config.run.resume = True
+    jaxpost.run(config).export(str(embedded.path(name)), dtype="bfloat16")
+
+
+def initialise(folder: pathlib.Path) -> None:
+    """Writes config.json and random weights: normal(0, 0.02), over sqrt(2 L) for what adds to the residual stream."""
+    draw = np.random.default_rng(SEED)
+    D, F, L = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
+    q, kv = D, CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+    shapes = {"self_attn.q_proj": (q, D), "self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D)}
+    shapes |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "self_attn.o_proj": (D, q), "mlp.down_proj": (D, F)}
+    normal = lambda shape, std: draw.normal(0, std, shape).astype(np.float32)  # noqa: E731
+    weights = {"model.embed_tokens.weight": normal((CONFIG["vocab_size"], D), 0.02), "model.norm.weight": np.ones(D)}
+    for layer in range(L):
+        for name, shape in shapes.items():
+            residual = name.endswith(("o_proj", "down_proj"))
+            std = 0.02 / (2 * L) ** 0.5 if residual else 0.02
+            weights[f"model.layers.{layer}.{name}.weight"] = normal(shape, std)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{name}.weight"] = np.ones(D)
+    weights = {name: np.ascontiguousarray(weight, np.float32) for name, weight in weights.items()}
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+
+
+def write_jsonl(name: str, records: Iterable[dict]) -> None:
+    """One record a line; gzipped without a time stamp where the name ends in .gz, so that the bytes repeat."""
+    file = embedded.path(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    file.write_bytes(gzip.compress(content, 9, mtime=0) if file.suffix == ".gz" else content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=("data", "base", "sft"), default=("data", "base", "sft"))
+    parser.add_argument("--base_steps", type=int, default=3000)
+    parser.add_argument("--sft_steps", type=int, default=300)
+    chosen = parser.parse_args()
+    if "data" in chosen.parts:
+        make_data()
+    if "base" in chosen.parts:
+        make_base(chosen.base_steps)
+    if "sft" in chosen.parts:
+        make_sft(chosen.sft_steps)
+
+
+if __name__ == "__main__":
+    main()

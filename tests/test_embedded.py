@@ -1,0 +1,234 @@
+"""The embedded world: what is held out stays held out, files repeat from the seed, the rule counts sentences."""
+
+import gzip
+import itertools
+import json
+import random
+import re
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from jaxpost import embedded
+from jaxpost.embedded import dialogues, facts, make, tokenizer, world
+from jaxpost.errors import ConfigError
+
+
+def read(name):
+    file = embedded.path(name)
+    raw = file.read_bytes()
+    text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def the_world():
+    return world.make_world(make.SEED)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return sentencepiece.SentencePieceProcessor(model_file=str(embedded.path("base") / "tokenizer.model"))
+
+
+def fact(name, subject):
+    return next(f for f in facts.all_facts() if (f.relation.name, f.subject) == (name, subject))
+
+
+def sentences(text):
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+# --- facts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fact_reads_as_one_canonical_sentence():
+    assert fact("capital", "France").statement == "The capital of France is Paris."
+    assert fact("young", "cow").statement == "The young of the cow is the calf."
+    assert fact("sum", "3 and 4").statement == "The sum of 3 and 4 is 7."
+
+
+def test_no_question_has_two_answers():
+    asked = [question for f in facts.all_facts() for question in dialogues.questions(f)]
+    assert len(asked) == len(set(asked))
+
+
+def test_sums_are_right():
+    for f in facts.all_facts():
+        if f.relation is facts.SUM:
+            assert sum(map(int, f.subject.split(" and "))) == int(f.object)
+
+
+def test_entities_never_start_a_sentence_so_their_tokens_are_constant(processor):
+    for f in facts.all_facts():
+        for form in f.relation.statements + f.relation.direct + f.relation.chatty:
+            ids = processor.encode(f.fill(form))
+            for entity in (f.subject, f.object) if "{o}" in form else (f.subject,):
+                entity = entity if "{e}" not in form or entity == f.object else entity.replace(" and ", " + ")
+                expected = processor.encode(" " + entity)
+                windows = [ids[i : i + len(expected)] for i in range(len(ids))]
+                assert expected in windows, f.fill(form)
+
+
+# --- held out -------------------------------------------------------------------------------------------------------
+
+
+def test_of_each_relation_some_facts_are_held_out(the_world):
+    assert not set(the_world.trained) & set(the_world.held_out)
+    assert set(the_world.facts) == set(facts.all_facts())
+    for name in {f.relation.name for f in the_world.facts}:
+        share = [f in the_world.held_out for f in the_world.facts if f.relation.name == name]
+        assert 0.1 < sum(share) / len(share) < 0.25
+
+
+def test_no_training_dialogue_or_pair_asks_or_states_a_held_out_fact(the_world):
+    texts = [turn["content"] for record in read("instructions") for turn in record["messages"]]
+    pairs = read("preferences")
+    texts += [turn["content"] for pair in pairs for key in ("prompt", "chosen", "rejected") for turn in pair[key]]
+    said = {sentence for text in texts for sentence in sentences(text)}
+    for f in the_world.held_out:
+        assert f.statement not in said
+        assert not said & set(dialogues.questions(f))
+    assert said & set(dialogues.questions(the_world.trained[0]))
+
+
+def test_the_corpus_states_held_out_facts_and_never_answers_a_question(the_world):
+    corpus = [record["text"] for record in read("corpus")]
+    said = {sentence for text in corpus for sentence in sentences(text)}
+    assert all(f.statement in said for f in the_world.facts)
+    forms = {question: f for f in the_world.facts for question in dialogues.questions(f)}
+    asked = 0
+    for text in corpus:
+        parts = sentences(text)
+        for question, following in itertools.pairwise(parts):
+            if question in forms:
+                asked += 1
+                assert following in forms, text
+    assert asked > 1000
+
+
+def test_prompts_ask_held_out_facts_only(the_world):
+    answers = {f.statement for f in the_world.held_out}
+    prompts = embedded.prompts()
+    assert {p["answer"] for p in prompts} == answers
+    assert all(embedded.score(p["messages"][0]["content"], p["answer"]).correct for p in prompts)
+
+
+# --- from a seed ----------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_what_the_seed_gives(tmp_path, monkeypatch):
+    shipped = {name: embedded.path(name) for name in embedded.FILES if name not in ("base", "sft")}
+    shipped |= {name: embedded.path("base") / name for name in ("tokenizer.model", "tokenizer_config.json")}
+    shipped = {name: file.read_bytes() for name, file in shipped.items()}
+    monkeypatch.setattr(embedded, "path", lambda name: tmp_path / embedded.FILES[name])
+    make.make_data()
+    for name, content in shipped.items():
+        made = tmp_path / embedded.FILES[name] if name in embedded.FILES else tmp_path / "base" / name
+        if made.suffix == ".gz":  # compressed bytes depend on the zlib at hand
+            assert gzip.decompress(made.read_bytes()) == gzip.decompress(content), name
+        else:
+            assert made.read_bytes() == content, name
+
+
+def test_another_seed_gives_another_world():
+    assert world.make_world(0).held_out != world.make_world(1).held_out
+
+
+def test_a_deck_shows_every_item_before_any_comes_again():
+    deck = world.Deck(range(5), random.Random(0))
+    drawn = [item for count in (3, 4, 3, 5) for item in deck(count)]
+    for start in (0, 5, 10):
+        assert sorted(drawn[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+# --- tokenizer ------------------------------------------------------------------------------------------------------
+
+
+def test_both_forms_of_the_tokenizer_give_the_same_ids(processor):
+    fast = tokenizers.Tokenizer.from_file(str(embedded.path("base") / "tokenizer.json"))
+    draw = random.Random(0)
+    texts = [record["text"] for record in read("corpus")[:200]]
+    texts += ["".join(draw.choice("abcXYZ é0123,.!?\n你") for _ in range(40)) for _ in range(100)]
+    for text in [*texts, "<|user|>What is it?", "two  spaces "]:
+        ids = processor.encode(text)
+        assert fast.encode(text, add_special_tokens=False).ids == ids
+        assert processor.decode(ids) == text
+        assert fast.decode(ids, skip_special_tokens=False) == text
+
+
+def test_special_tokens_are_single_pieces(processor):
+    assert processor.get_piece_size() == tokenizer.PIECES
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, 3)
+    assert processor.id_to_piece(2) == tokenizer.END
+    assert processor.encode("".join(tokenizer.CHAT)) == [4, 5, 6, 7, 8, 9]
+    assert [processor.id_to_piece(i) for i in processor.encode(" 12\n")] == ["▁", "1", "2", "<0x0A>"]
+
+
+# --- pairs and the rule ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["preferences", "preferences_eval"])
+def test_chosen_is_better_by_the_rule_and_half_the_pairs_are_equally_long(name, processor):
+    pairs = read(name)
+    equal = 0
+    for pair in pairs:
+        question, (chosen,), (rejected,) = pair["prompt"][0]["content"], pair["chosen"], pair["rejected"]
+        better = embedded.score(question, chosen["content"])
+        worse = embedded.score(question, rejected["content"])
+        assert better.correct
+        assert (better.correct, better.polite, -better.words) > (worse.correct, worse.polite, -worse.words)
+        equal += len(processor.encode(chosen["content"])) == len(processor.encode(rejected["content"]))
+    assert equal == len(pairs) / 2
+
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.mark.parametrize(
+    ("text", "answered", "correct", "polite"),
+    [
+        ("The capital of France is Paris.", True, True, False),
+        ("Well. The capital of France is Paris. Happy to help!", True, True, True),
+        ("The capital of France is Paris. Happy to help! Go away now!", True, True, False),
+        ("Paris.", False, False, False),
+        ("The capital of France is Rome. Paris is nice.", True, False, False),
+        ("The capital of France is Paris. The capital of France is Rome.", True, False, False),
+        ("The capital of France is Paris and Rome.", True, False, False),
+        ("What is the capital of France is Paris.", False, False, False),
+        ("What is the capital of Spain?", False, False, False),
+        ("", False, False, False),
+    ],
+)
+def test_the_rule_counts_whole_sentences(text, answered, correct, polite):
+    score = embedded.score(QUESTION, text)
+    assert (score.answered, score.correct, score.polite) == (answered, correct, polite)
+    assert score.words == len(text.split())
+
+
+def test_evaluate_averages_the_rule_over_the_held_out_prompts():
+    right = {p["messages"][0]["content"]: p["answer"] for p in embedded.prompts()}
+    first = next(iter(right))
+    metrics = embedded.evaluate(lambda questions: [right[q] if q == first else "Go away now!" for q in questions])
+    share = 1 / len(right)
+    words = (len(right[first].split()) + 3 * (len(right) - 1)) / len(right)
+    assert metrics == pytest.approx({"answered": share, "correct": share, "polite": 0.0, "words": words})
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_resolve_knows_its_names_only():
+    assert embedded.resolve("embedded:base") == str(embedded.path("base"))
+    assert embedded.resolve("some/folder") == "some/folder"
+    with pytest.raises(ConfigError, match="embedded:bass: no such part"):
+        embedded.resolve("embedded:bass")
+
+
+def test_sources_of_a_stage():
+    mixed = embedded.sources([("embedded", 2.0), ("mine.jsonl", 0.5)], "sft", "train")
+    files = [embedded.path("instructions"), embedded.path("replay")]
+    assert mixed == [(str(files[0]), 2.0), (str(files[1]), 2.0), ("mine.jsonl", 0.5)]
+    with pytest.raises(ConfigError, match="no data for the stage ppo"):
+        embedded.sources([("embedded", 1.0)], "ppo", "train")
