@@ -96,7 +96,7 @@ class Template:
         self.source, self.name = source, name
         self._tokenizer = tokenizer
         self._special = tokenizer.special_tokens
-        self._special_texts = tokenizer.special_texts
+        self._whole_tokens = tokenizer.whole_tokens
         self._content_as_blocks = False  # templates of multimodal models read a list of blocks; see check()
         self._environment = _environment()
         self._blocks = self._environment.extensions[GenerationBlocks.identifier]
@@ -139,20 +139,19 @@ class Template:
         """Raises DataError where the template does not write what the assistant says; warns where the prompt that it
         gives in use is not the beginning of what is trained."""
         dialogue = ({"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."})
+        rendered = False
         for self._content_as_blocks in (False, True):
             try:
                 text = self._text(dialogue, None, False)[0]
-                prompt = self._text(dialogue[:1], None, True)[0]
-            except ExampleFault as fault:
-                refusal = fault
+            except ExampleFault:  # it may want more than a dialogue of two turns: the examples will show
                 continue
+            rendered = True
             if "Answer." in text:
-                if not text.startswith(prompt):
+                if not text.startswith(self._prompt(dialogue[:1], None) or ""):
                     logger.warning("%s: its generation prompt is not the beginning of the text trained on", self.name)
                 return
-            refusal = None
         self._content_as_blocks = False
-        if refusal is None:
+        if rendered:
             raise DataError(f"{self.name}: never renders what the assistant says")
 
     def _text(self, messages, tools, add_generation_prompt: bool) -> tuple[str, list[tuple[int, str]]]:
@@ -172,7 +171,8 @@ class Template:
             detail = " ".join(str(error.message or error).split())
             raise ExampleFault("template_refused", f"{self.name}: {detail}") from None
         except (TypeError, ValueError, KeyError, AttributeError) as error:  # a slip of the template on this example
-            raise ExampleFault("template_refused", f"{self.name}: {type(error).__name__}: {error}") from None
+            detail = " ".join(str(error).split())
+            raise ExampleFault("template_refused", f"{self.name}: {type(error).__name__}: {detail}") from None
         return "".join(written), self._blocks.found
 
     def _block_spans(self, text: str, blocks: list[tuple[int, str]]) -> list[tuple[int, int]]:
@@ -196,37 +196,35 @@ class Template:
         """
         before = self._prompt(messages[:index], tools)
         through = text if index == len(messages) - 1 else self._text(messages[: index + 1], tools, False)[0]
-        if text.startswith(before) and text.startswith(through):
+        asked = before is not None and text.startswith(before)
+        if asked and text.startswith(through):
             start, end = len(before), len(through)
         else:
             start, end = self._content_span(messages, tools, index, text)
-            start = len(before) if text.startswith(before) else start
+            start = len(before) if asked else start
             own_end = self._content_span(messages[: index + 1], tools, index, through)[1]
             closing = _common(text[end:], through[own_end:])
             # The common part may end within the next special token ("<|" of two of them): keep whole tokens.
             ends = [stop for _, stop in self._tokenizer.encode_with_offsets(text[end:])[1]]
             end += max((stop for stop in ends if stop <= closing), default=0)
         closed = text[:end].rstrip()
-        return start, len(closed) if closed.endswith(self._special_texts) else end
+        return start, len(closed) if closed.endswith(self._whole_tokens) else end
 
-    def _prompt(self, messages, tools) -> str:
-        """The messages with the generation prompt; nothing where the template refuses them (an empty list, say)."""
+    def _prompt(self, messages, tools) -> str | None:
+        """The messages with the generation prompt; None where the template refuses them (an empty list, say)."""
         try:
             return self._text(messages, tools, True)[0]
         except ExampleFault:
-            return ""
+            return None
 
     def _content_span(self, messages, tools, index: int, text: str) -> tuple[int, int]:
         """The characters of `text` that depend on the content of message `index`."""
         other = {**messages[index], "content": "\ue000"}  # private use: no content begins or ends with it
         changed = self._text((*messages[:index], other, *messages[index + 1 :]), tools, False)[0]
+        if changed == text:
+            raise ExampleFault("template_rewrites", f"{self.name}: leaves out message {index + 1}, the assistant's")
         start = _common(text, changed)
-        same = _common(text[start:][::-1], changed[start:][::-1])
-        if start + same >= len(text):
-            raise ExampleFault(
-                "template_rewrites", f"{self.name}: leaves out the assistant turn of message {index + 1}"
-            )
-        return start, len(text) - same
+        return start, len(text) - _common(text[start:][::-1], changed[start:][::-1])
 
 
 class GenerationBlocks(jinja2.ext.Extension):

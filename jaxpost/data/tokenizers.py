@@ -165,9 +165,9 @@ class Tokenizer(abc.ABC):
         """The vocabulary's own spelling of an id, for showing."""
 
     @property
-    def special_texts(self) -> tuple[str, ...]:
-        """The spellings of all special tokens."""
-        return tuple(self.token(index) for index in sorted(self._special_ids()))
+    @abc.abstractmethod
+    def whole_tokens(self) -> tuple[str, ...]:
+        """The tokens that are found in a text as a whole: special, user-defined and added ones."""
 
     @abc.abstractmethod
     def _model_special_id(self, name: str) -> int | None: ...
@@ -220,6 +220,10 @@ class JsonTokenizer(Tokenizer):
 
     def token(self, index: int) -> str:
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
+
+    @property
+    def whole_tokens(self) -> tuple[str, ...]:
+        return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
 
     def show(self, index: int) -> str:
         text = self.decode([index], skip_special=False)
@@ -330,6 +334,10 @@ class SentencePieceTokenizer(Tokenizer):
         if index in self._texts:
             return self._texts[index]
         return self._inside.id_to_piece(index) if index < len(self._inside) else f"<{index}>"
+
+    @property
+    def whole_tokens(self) -> tuple[str, ...]:
+        return tuple(self._ids)
 
     def show(self, index: int) -> str:
         token = self.token(index)
