@@ -1,12 +1,16 @@
 """Checkpoints of a run: orbax underneath, written in the background, restored onto any mesh.
 
-A step directory holds parameters, optimizer state, step, key and carry, plus two JSON files: `extra` (place in the
-data, counters, ...) and `config` (the resolved configuration). Trees are stored flat, by path, so that NamedTuples
-and empty nodes need no special care and a leaf that is missing is named.
+A step directory holds parameters, optimizer state, step, key and carry, plus three JSON files: `extra` (place in the
+data, counters, ...), `config` (the resolved configuration) and `manifest` (shape, type and checksum of each leaf).
+Trees are stored flat, by path, so that NamedTuples and empty nodes need no special care and a leaf that is missing
+is named.
 """
 
 import contextlib
+import logging
 import math
+import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +39,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory, keep_last: int = 2, keep_best: int = 1, read_only: bool = False):
+        logging.getLogger("absl").addFilter(_without_orbax)
         self.directory = epath.Path(directory).absolute()
         self._restored: int | None = None
         self._retention = _LastAndBest(LatestN(keep_last), keep_best)
@@ -81,8 +86,9 @@ class Checkpointer:
         self._retention.losses[step] = loss
         arrays = {part: _flat(getattr(state, part)) for part in PARTS}
         described = {part: {n: _described(x) for n, x in leaves.items()} for part, leaves in arrays.items()}
+        checksums = {part: _checksums(leaves) for part, leaves in arrays.items()}
         items = {part: ocp.args.StandardSave(jax.tree.map(_raw, leaves)) for part, leaves in arrays.items() if leaves}
-        items["manifest"] = ocp.args.JsonSave({"leaves": described, "eval_loss": loss})
+        items["manifest"] = ocp.args.JsonSave({"leaves": described, "checksums": checksums, "eval_loss": loss})
         items["extra"] = ocp.args.JsonSave(extra)
         items["config"] = ocp.args.JsonSave(config)
         with self._failed_save():
@@ -145,14 +151,19 @@ class Checkpointer:
 
     def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         """{part: {path: array}} of the wanted {part: abstract tree}, and `extra`."""
-        stored = self._read_json(step, "manifest")["leaves"]
+        manifest = self._read_json(step, "manifest")
         flat = {part: _flat(tree) for part, tree in wanted.items()}
         for part, leaves in flat.items():
-            _check_same(f"{self.directory / str(step)}: {part}", stored[part], leaves)
+            _check_same(f"{self.directory / str(step)}: {part}", manifest["leaves"][part], leaves)
         targets = {part: jax.tree.map(_target, leaves) for part, leaves in flat.items() if leaves}
         items = {part: ocp.args.StandardRestore(leaves) for part, leaves in targets.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **items))
-        return {"extra": found["extra"]} | {part: found[part] if part in items else {} for part in wanted}
+        arrays = {part: found[part] if part in items else {} for part in wanted}
+        for part, leaves in arrays.items():
+            for name, checksum in _checksums(leaves).items():
+                if checksum != manifest["checksums"][part][name]:
+                    raise OSError(f"the values of {part}/{name} are not those that were saved")
+        return arrays | {"extra": found["extra"]}
 
     def _read_json(self, step: int, item: str) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
@@ -217,8 +228,16 @@ def _one_line_errors(what: str):
 
 
 def _first_line(error: Exception) -> str:
+    """What went wrong, in a few words: the system's reason where there is one, else the start of the message."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore
+        return os.strerror(int(code[1]))
     text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    return text[:200] or type(error).__name__
+
+
+def _without_orbax(record: logging.LogRecord) -> bool:
+    """Log filter: orbax logs pages of tracebacks for an error that it then raises, and that we report."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _flat(tree) -> dict[str, Any]:
@@ -234,6 +253,21 @@ def _is_key(x) -> bool:
 
 def _raw(x):
     return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _checksums(leaves: dict[str, Any]) -> dict[str, int]:
+    """{path: sum of the leaf's bits as integers, modulo 2**32}, the same for any sharding.
+
+    The arrays on disk have no checksums of their own: a flipped bit would come back as another weight.
+    """
+    return {name: int(x) for name, x in jax.device_get({n: _checksum(_raw(x)) for n, x in leaves.items()}).items()}
+
+
+@jax.jit
+def _checksum(x):
+    if x.dtype != jnp.bool_:
+        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
 
 
 def _described(x) -> list:
