@@ -93,11 +93,8 @@ def read_rows(path) -> list[dict]:
 
 
 def open_writers(names: Sequence[str], run_dir, config: dict) -> list[Writer]:
-    """The writers called "tensorboard" and "wandb". ConfigError naming the extra for what is not installed."""
+    """The writers called "tensorboard" and "wandb". ConfigError naming the extra where wandb is not installed."""
     known = {"tensorboard": lambda: TensorBoardWriter(run_dir), "wandb": lambda: WandbWriter(run_dir, config)}
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"run.log: {name!r} is not known; there are {', '.join(known)}")
     return [known[name]() for name in names] if jax.process_index() == 0 else []
 
 
@@ -105,10 +102,8 @@ class TensorBoardWriter:
     """TensorBoard files under RUN_DIR/tensorboard, by tensorboardX."""
 
     def __init__(self, run_dir):
-        try:
-            import tensorboardX
-        except ImportError:
-            raise _not_installed("tensorboard", "tensorboardX") from None
+        import tensorboardX  # takes a second, and not every run wants it
+
         self._open = tensorboardX.SummaryWriter
         self._dir = os.fspath(epath.Path(run_dir) / "tensorboard")
         self._writer = None
@@ -116,9 +111,10 @@ class TensorBoardWriter:
     def write(self, row: dict) -> None:
         step = row["step"]
         if self._writer is None:  # not before: a resumed run hides the rows from its first new step on
-            self._writer = self._open(self._dir, purge_step=step)
+            # The suffix: files are named by the second, and one of the same name would be written over.
+            self._writer = self._open(self._dir, purge_step=step, filename_suffix=f".{step}")
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and math.isfinite(value):  # else tensorboardX warns, and nothing could be drawn
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -133,7 +129,7 @@ class WandbWriter:
         try:
             import wandb
         except ImportError:
-            raise _not_installed("wandb", "wandb") from None
+            raise ConfigError("run.log_to: 'wandb' needs the package wandb; pip install 'jaxpost[log]'") from None
         name = epath.Path(run_dir).name
         self._run = wandb.init(project="jaxpost", name=name, id=name, resume="allow", config=config)
 
@@ -144,14 +140,9 @@ class WandbWriter:
         self._run.finish()
 
 
-def _not_installed(name: str, package: str) -> ConfigError:
-    return ConfigError(f"run.log: {name!r} needs the package {package}; pip install 'jaxpost[log]'")
-
-
 def _number(value):
-    """A Python int or float of the same value; strings pass."""
-    value = value.item() if hasattr(value, "item") else value
-    return value
+    """A Python int or float of the same value."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _encode(row: dict) -> str:
