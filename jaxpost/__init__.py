@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name in ("run", "Run", "get_config"):  # lazy: `import jaxpost.losses` needs jax alone
+    if name in ("run", "load", "Run", "LoadedModel", "get_config"):  # lazy: `import jaxpost.losses` needs jax alone
         from jaxpost import api
 
         return getattr(api, name)

@@ -2,10 +2,11 @@
 
 from jaxpost import config as configs
 from jaxpost.stages import RUN
-from jaxpost.train.run import Run
-from jaxpost.train.setup import use_compilation_cache
+from jaxpost.train.folder import is_run
+from jaxpost.train.run import LoadedModel, Run, load_run
+from jaxpost.train.setup import open_mesh, open_model, use_compilation_cache
 
-__all__ = ["Run", "get_config", "run"]
+__all__ = ["LoadedModel", "Run", "get_config", "load", "run"]
 
 
 def get_config(name: str):
@@ -27,3 +28,18 @@ def run(config) -> Run:
     resolved = configs.resolve(configs.load(config) if isinstance(config, str) else config)
     use_compilation_cache(resolved.run.compilation_cache)
     return RUN[resolved.stage](resolved)
+
+
+def load(path: str, *, template: str | None = None) -> LoadedModel:
+    """The newest weights of a run folder, or a model by path (as `model.path`), to talk to and to export.
+
+    template: chat template of a model that has none of its own (as `tokenizer.template`).
+    """
+    use_compilation_cache(None)
+    if is_run(path):
+        return load_run(path)
+    values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
+    config = configs.resolve(values | {"tokenizer": {"template": template}, "batch": {"rows_per_step": 1}})
+    mesh = open_mesh(config)
+    model = open_model(config, mesh)
+    return LoadedModel(model, model.load(), mesh)

@@ -9,6 +9,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 Array = Any  # numpy or jax array; signatures say the shape in their docstrings
 
@@ -63,9 +65,9 @@ class Mean:
 
     @property
     def value(self):
-        """total / weight, and 0 where the weight is 0. Works for numpy, jax and plain floats."""
-        empty = self.weight == 0
-        return (self.total * (1 - empty)) / (self.weight + empty)
+        """total / weight; where the weight is 0, so is the total, and the mean. numpy and jax arrays, plain floats."""
+        where = jnp.where if isinstance(self.weight, jax.Array) else np.where
+        return self.total / where(self.weight == 0, np.float32(1), self.weight)
 
 
 @record

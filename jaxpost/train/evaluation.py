@@ -9,7 +9,7 @@ import numpy as np
 from jaxpost import embedded
 from jaxpost.data.loader import Loader
 from jaxpost.sharding import batch_sharding
-from jaxpost.train.run import answer, complete
+from jaxpost.train.run import LoadedModel
 from jaxpost.train.step import make_eval_step, total_loss
 from jaxpost.types import Term
 
@@ -40,13 +40,14 @@ class Evaluator:
 
     def __call__(self, params) -> Evaluation:
         metrics = self.objective_metrics(params) if self.data.eval is not None else {}
-        new_tokens = self.config.run.eval_new_tokens
+        new_tokens, now = self.config.run.eval_new_tokens, LoadedModel(self.model, params, self.mesh)
         if self.in_world and self.config.run.eval_prompts:
-            ask = lambda questions: answer(  # noqa: E731
-                self.model, params, self.mesh, [[{"role": "user", "content": q}] for q in questions], new_tokens
-            )
+
+            def ask(questions):
+                return now.answer([[{"role": "user", "content": question}] for question in questions], new_tokens)
+
             metrics |= {f"world/{name}": value for name, value in embedded.evaluate(ask).items()}
-        completions = complete(self.model, params, self.mesh, self.prompts, new_tokens) if self.prompts else []
+        completions = now.complete(self.prompts, new_tokens)
         texts = [self.model.tokenizer.decode(p.tolist(), skip_special=False) for p in self.prompts]
         return Evaluation(metrics, tuple(zip(texts, completions, strict=True)))
 

@@ -25,7 +25,7 @@ def choose_folder(config) -> tuple[epath.Path, bool]:
         folders = (epath.Path(f"runs/{config.stage}-{n}") for n in itertools.count(1))
         return next(folder for folder in folders if not folder.exists()), False
     folder = epath.Path(config.run.dir)
-    if not (folder / "config.json").exists():
+    if not is_run(folder):
         return folder, False
     if not config.run.resume:
         raise ConfigError(f"run.dir: {folder} already holds a run; set run.resume=True to go on, or another run.dir")
@@ -40,11 +40,15 @@ def choose_folder(config) -> tuple[epath.Path, bool]:
     return folder, True
 
 
-def read_config(folder):
-    """The resolved config of a run folder. Raises CheckpointError when it is missing or broken."""
+def is_run(folder) -> bool:
+    """Whether the folder holds a run (and not a model, which has a config.json of another kind)."""
     path = epath.Path(folder) / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder}: not a run folder (no config.json in it)")
+    return path.exists() and '"stage"' in path.read_text()
+
+
+def read_config(folder):
+    """The resolved config of a run folder. Raises CheckpointError when it is broken."""
+    path = epath.Path(folder) / "config.json"
     try:
         return configs.resolve(json.loads(path.read_text()))
     except (json.JSONDecodeError, ConfigError) as error:

@@ -24,6 +24,7 @@ from jaxpost.train.optimizer import make_optimizer
 from jaxpost.train.progress import Progress
 from jaxpost.train.report import end_tables, start_table
 from jaxpost.train.run import Run
+from jaxpost.train.setup import with_shardings
 from jaxpost.train.step import make_train_step
 from jaxpost.types import TrainState
 
@@ -79,7 +80,16 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         state, finished = loop.run(state, start, total, extra)
         after = loop.evaluation or evaluator(state.params)
         end_tables(before, after)
-        result = Run(folder, model, mesh, state, metrics.read(), finished, lambda: evaluator(state.params).metrics)
+        result = Run(
+            model=model,
+            params=state.params,
+            mesh=mesh,
+            folder=folder,
+            state=state,
+            rows=metrics.read(),
+            finished=finished,
+            evaluate=lambda: evaluator(state.params).metrics,
+        )
         if run.export and finished:
             result.export(folder / "export")
             log.info("exported to %s", folder / "export")
@@ -93,12 +103,6 @@ def state_layout(init, model, mesh):
     shardings = jax.tree.map(lambda _: everywhere, abstract)
     moments = shardings_like(model.shardings, abstract.opt_state, mesh, model.abstract)
     return abstract, dataclasses.replace(shardings, params=model.shardings, opt_state=moments)
-
-
-def with_shardings(abstract, shardings):
-    """The abstract tree with each leaf's sharding, as a restore wants it."""
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, abstract, shardings)
 
 
 def observer(schedule):

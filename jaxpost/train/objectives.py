@@ -93,8 +93,9 @@ def token_logps_of(policy, params, rows, *, chunk: int):
 def pairs(logps, batch: Batch) -> PairLogps:
     """Sums over the tokens of each completion, as P = B * M pairs."""
     documents, branches = batch.completion["mask"].shape[1:]
-    sums = completion_sums(logps * (batch.rows.weights != 0), batch.rows, documents, branches)
-    tokens = completion_sums((batch.rows.weights != 0).astype(jnp.float32), batch.rows, documents, branches)
+    scored = (batch.rows.weights != 0).astype(jnp.float32)
+    sums = completion_sums(logps * scored, batch.rows, documents, branches)
+    tokens = completion_sums(scored, batch.rows, documents, branches)
     flat = lambda x, branch: x[..., branch].reshape(-1)  # noqa: E731
     return PairLogps(flat(sums, CHOSEN), flat(sums, REJECTED), flat(tokens, CHOSEN), flat(tokens, REJECTED))
 

@@ -1,9 +1,10 @@
 """What a run shows while it trains: a table at the start, a progress bar, completions before and after."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
+import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -65,6 +66,13 @@ class Progress:
         seconds = (time.monotonic() - began) / max(1, step - start_step) * (self._total - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def track(steps: Sequence, title: str, console: Console | None = None) -> Iterable:
+    """The steps one after another, with a bar that is gone at the end (none where the output is not a terminal)."""
+    console = console or Console()
+    hidden = jax.process_index() != 0 or not console.is_terminal
+    return rich.progress.track(steps, title, console=console, transient=True, disable=hidden)
 
 
 def print_table(title: str, rows: Sequence[tuple[str, object]], console: Console | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 
 import jax
@@ -10,7 +11,6 @@ from etils import epath
 from jaxpost.data.loader import Loader
 from jaxpost.data.rows import gather_completions
 from jaxpost.data.values import ValueStore, attach, key
-from jaxpost.models.hf import fingerprint
 from jaxpost.sharding import batch_sharding
 from jaxpost.train.objectives import token_logps_of
 from jaxpost.train.progress import track
@@ -39,6 +39,17 @@ def with_reference(data: Data, config, mesh, reference: Model, chunk: int) -> Da
             digest = key(part=name, **identity)
             parts[name] = attach(documents, NAME, _store(documents, digest, config, mesh, reference, load, chunk))
     return dataclasses.replace(data, **parts)
+
+
+def fingerprint(folder: epath.Path) -> str:
+    """Digest of a model folder's config and weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.name):
+        with path.open("rb") as file:
+            digest.update(path.name.encode())
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _store(documents, digest: str, config, mesh, reference: Model, load, chunk: int) -> ValueStore:

@@ -1,28 +1,63 @@
 """What a run leaves in the hands of its user: weights, metrics, and a model to talk to."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from jaxpost.models.hf import export
+from jaxpost.errors import CheckpointError
+from jaxpost.models import hf
 from jaxpost.sampling.greedy import greedy
-from jaxpost.train.setup import Model
+from jaxpost.train.checkpoint import Checkpointer
+from jaxpost.train.folder import is_run, read_config
+from jaxpost.train.setup import Model, open_mesh, open_model
 
 
 @dataclasses.dataclass
-class Run:
-    """A stage's result. `metrics` maps each name to arrays `step` and values, one entry a logged row."""
+class LoadedModel:
+    """A model with its weights: to talk to and to export."""
+
+    model: Model
+    params: Any
+    mesh: Any
+
+    def chat(self, prompt: str | list[dict], max_new_tokens: int = 128) -> str:
+        """The greedy answer to a user's words, or to a list of messages that ends with theirs."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.answer([messages], max_new_tokens)[0]
+
+    def answer(self, conversations: Sequence[list[dict]], max_new_tokens: int) -> list[str]:
+        """Greedy answers to conversations."""
+        encode = self.model.template.encode
+        prompts = [encode(messages, self.model.tokenizer, add_generation_prompt=True) for messages in conversations]
+        return self.complete([np.asarray(prompt, np.int32) for prompt in prompts], max_new_tokens)
+
+    def complete(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[str]:
+        """Greedy continuations of token ids, as text. A prompt that leaves no room loses its beginning."""
+        room = self.model.policy.config.max_positions - max_new_tokens
+        prompts = [prompt[-room:] for prompt in prompts]
+        with jax.set_mesh(self.mesh):
+            found = greedy(self.model.policy, self.params, prompts, max_new_tokens, self.model.tokenizer.stop_ids)
+        return [self.model.tokenizer.decode(completion.tokens.tolist()).strip() for completion in found]
+
+    def export(self, path) -> None:
+        """Writes the weights in Hugging Face layout, with config, tokenizer and template files."""
+        files = self.model.tokenizer.files() | self.model.template.files()
+        hf.export(path, self.params, self.model.policy, files)
+
+
+@dataclasses.dataclass
+class Run(LoadedModel):
+    """A stage's result."""
 
     folder: epath.Path
-    model: Model
-    mesh: Any
-    state: Any
-    rows: list[dict]
-    finished: bool = True  # False: stopped by SIGTERM, saved, to be resumed
-    evaluation: Any = None  # () -> {name: value}
+    state: Any  # TrainState
+    rows: list[dict]  # of metrics.jsonl
+    finished: bool  # False: stopped by SIGTERM and saved, to be resumed
+    evaluate: Callable[[], dict[str, float]]  # metrics of these weights on the evaluation data
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -30,38 +65,20 @@ class Run:
         found: dict[str, list] = {}
         for row in self.rows:
             for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
+                if name != "step":
                     found.setdefault(name, []).append((row["step"], value))
         return {name: np.array(values, np.float64) for name, values in found.items()}
 
-    def chat(self, prompt: str | list[dict], max_new_tokens: int = 128) -> str:
-        """The model's greedy answer to a user's words, or to a list of messages."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return answer(self.model, self.state.params, self.mesh, [messages], max_new_tokens)[0]
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the present weights on the evaluation data."""
-        return self.evaluation()
+def load_run(folder, config=None) -> LoadedModel:
+    """The newest weights of a run folder, on the mesh of its config (or of `config`).
 
-    def export(self, path) -> None:
-        """Writes the weights in Hugging Face layout, with config and tokenizer files."""
-        export(path, self.state.params, self.model.policy, self.model.tokenizer.files())
-
-
-def prompt_ids(model: Model, messages: list[dict]) -> np.ndarray:
-    """Token ids of a conversation up to where the assistant answers, BOS once."""
-    return np.asarray(model.template.encode(messages, model.tokenizer, add_generation_prompt=True), np.int32)
-
-
-def answer(model: Model, params, mesh, conversations: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """Greedy answers to conversations that end with a user's turn."""
-    return complete(model, params, mesh, [prompt_ids(model, c) for c in conversations], max_new_tokens)
-
-
-def complete(model: Model, params, mesh, prompts: list[np.ndarray], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of token ids, as text."""
-    room = model.policy.config.max_positions
-    prompts = [p[-(room - max_new_tokens) :] for p in prompts]
-    with jax.set_mesh(mesh):
-        found = greedy(model.policy, params, prompts, max_new_tokens, model.tokenizer.stop_ids)
-    return [model.tokenizer.decode(c.tokens.tolist()).strip() for c in found]
+    Raises CheckpointError when it holds no run or no checkpoint that can be read.
+    """
+    if not is_run(folder):
+        raise CheckpointError(f"{folder}: not a run folder (no config.json with a stage in it)")
+    config = config or read_config(folder)
+    mesh = open_mesh(config)
+    model = open_model(config, mesh)
+    with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
+        return LoadedModel(model, checkpoints.restore_params(model.sharded), mesh)

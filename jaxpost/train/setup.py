@@ -13,7 +13,7 @@ from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
-from jaxpost.models.hf import load_params, locate, read_config
+from jaxpost.models import hf
 from jaxpost.models.policy import Policy
 from jaxpost.sharding import make_mesh, named_shardings
 
@@ -31,9 +31,14 @@ class Model:
     abstract: Any  # parameters as ShapeDtypeStructs, in the type they are held in
     shardings: Any
 
+    @property
+    def sharded(self):
+        """The abstract parameters with their shardings, as a restore wants them."""
+        return with_shardings(self.abstract, self.shardings)
+
     def load(self):
         """The weights, each shard read by the device that holds it."""
-        return load_params(self.path, self.policy, self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
+        return hf.load_params(self.path, self.policy, self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,12 @@ class Data:
     branches: int  # completions of a document, 0 where all are linear
     report: Any
     identity: dict[str, Any]  # what the documents' tokens depend on
+
+
+def with_shardings(abstract, shardings):
+    """The abstract tree with each leaf's sharding."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, shardings)
 
 
 def use_compilation_cache(folder: str | None) -> None:
@@ -80,8 +91,8 @@ def compute_dtype(name: str) -> str:
 
 def open_model(config, mesh, *, path: str | None = None) -> Model:
     """The model at `path` (default: model.path), described but not loaded. Raises CheckpointError, DataError."""
-    folder = locate(embedded.resolve(path or config.model.path))
-    policy = Policy(read_config(folder), compute_dtype(config.precision.compute), config.remat.policy)
+    folder = epath.Path(hf.resolve(embedded.resolve(path or config.model.path)))
+    policy = Policy(hf.read_config(folder), compute_dtype(config.precision.compute), config.remat.policy)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
     masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731

@@ -88,7 +88,7 @@ def _step_weights(objective, state, frozen, micro, keys):
 
     weights = jax.lax.map(weights_of, (micro, keys))
     total = jax.tree.map(lambda w: w.sum(0), weights)
-    return jax.lax.stop_gradient(jax.tree.map(lambda w: w + (w == 0), total))
+    return jax.lax.stop_gradient(jax.tree.map(lambda w: jnp.where(w == 0, 1.0, w), total))
 
 
 def _accumulated(grad_fn, params, micro, keys):
