@@ -5,7 +5,8 @@ Paper: Ouyang et al. 2022, Training language models to follow instructions with 
 (https://arxiv.org/abs/2203.02155).
 
 Trains: the embedded base model (1-2 M parameters, pretrained on a small world of facts and sums) on the embedded
-instructions. The base goes on with more questions when asked one; afterwards the model answers and stops.
+instructions.
+Expected:     asked a question, the base goes on with more questions; afterwards the model answers and stops.
 Command:      python -m jaxpost.main --config=configs/sft.py
 Own data:     python -m jaxpost.main --config=configs/sft.py --config.model.path=DIR --config.data.train=FILE
 Every key, with default, unit and range:  jaxpost train --help
