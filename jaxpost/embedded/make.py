@@ -1,7 +1,7 @@
 """Makes the embedded world: `python -m jaxpost.embedded.make [data] [base] [sft]`, all three in order by default.
 
-data: corpus, dialogues, pairs, prompts and the tokenizer (seconds). base: pretraining by the text side of the SFT stage;
-sft: the SFT stage on the base. Both go through `jaxpost.run`, as the training of any user would.
+data: corpus, dialogues, pairs, prompts and the tokenizer (seconds). base: pretraining, by the SFT stage on text.
+sft: the SFT stage on the base and the dialogues. Both go through `jaxpost.run`, as the training of any user would.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import numpy as np
 import sentencepiece
 from safetensors import numpy as safetensors
 
+import jaxpost
 from jaxpost import embedded
 from jaxpost.embedded import dialogues, tokenizer, world
+from jaxpost.models import hf
 
 SEED = 0
 DOCUMENTS = 20_000  # of the corpus: about 1.5 M tokens
@@ -76,7 +78,7 @@ def make_base(steps: int) -> None:
     start = pathlib.Path("runs/embedded-start")
     shutil.copytree(embedded.path("base"), start, dirs_exist_ok=True)
     initialise(start)
-    train(start, [str(embedded.path("corpus"))], "base", steps, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1)
+    train(start, str(embedded.path("corpus")), "base", steps, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1)
 
 
 def make_sft(steps: int) -> None:
@@ -86,8 +88,6 @@ def make_sft(steps: int) -> None:
 
 def train(model: pathlib.Path, data, name: str, steps: int, **optimizer) -> None:
     """One run of the SFT stage whose exported weights become `embedded:NAME`, in bfloat16."""
-    import jaxpost
-
     config = jaxpost.get_config("sft")
     config.model.path = str(model)
     config.data.train = data
@@ -100,7 +100,8 @@ def train(model: pathlib.Path, data, name: str, steps: int, **optimizer) -> None
     config.run.seed = SEED
     config.run.checkpoint_every = 200
     config.run.resume = True
-    jaxpost.run(config).export(str(embedded.path(name)), dtype="bfloat16")
+    run = jaxpost.run(config)
+    hf.export(embedded.path(name), run.state.params, run.model.policy, run.model.tokenizer.files(), dtype="bfloat16")
 
 
 def initialise(folder: pathlib.Path) -> None:
