@@ -70,7 +70,7 @@ def make_optimizer(settings, total_steps: int, params, axes=None, moment_dtype=j
     transforms = {"frozen": optax.set_to_zero()}
     matrices = {}
     if settings.name == "muon":
-        matrices = {name: dims for name, dims in _matrices(params, axes).items() if name not in frozen}
+        matrices = {name: dims for name, dims in matrices_of(params, axes).items() if name not in frozen}
         transforms["matrix"] = _muon(settings, schedule, decay_mask, matrices)
         transforms["rest"] = _adamw(settings, schedule, decay_mask)
     else:
@@ -257,7 +257,7 @@ def _muon(settings, schedule, mask, matrices: dict) -> optax.GradientTransformat
 RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
 
 
-def _matrices(params, axes) -> dict[str, optax.contrib.MuonDimensionNumbers]:
+def matrices_of(params, axes) -> dict[str, optax.contrib.MuonDimensionNumbers]:
     """Which leaves are (stacks of) matrices, and along which axes. Embeddings and the head are not."""
     if axes is None:
         raise ValueError("muon needs the logical axes of the parameters to tell matrices from stacks of them")

@@ -171,9 +171,7 @@ def test_wandb_gets_rows_under_the_name_of_the_run_folder(tmp_path, monkeypatch)
 
 def test_a_writer_that_is_not_installed_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ConfigError, match=r"run\.log_to: 'wandb' needs the package wandb; pip install 'jaxpost\[log\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"^run\.log_to: 'wandb' needs .* pip install 'jaxpost\[log\]'$"):
         open_writers(("wandb",), tmp_path, {})
 
 

@@ -1,6 +1,7 @@
 """Optimizers against plain numpy, masks, the schedule, and the guard against non-finite gradients."""
 
 import functools
+import math
 import types
 
 import jax
@@ -10,7 +11,10 @@ import optax
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.train.optimizer import apply_updates, leaf_names, make_optimizer, make_schedule
+from jaxpost.models.config import Layer, ModelConfig
+from jaxpost.models.policy import Policy
+from jaxpost.ops.rope import Rope
+from jaxpost.train.optimizer import apply_updates, leaf_names, make_optimizer, make_schedule, matrices_of
 
 AXES = {
     "embed": {"embedding": ("vocab", "embed")},
@@ -168,6 +172,25 @@ def test_muon_of_stacked_weights_is_muon_of_each_matrix():
             np.testing.assert_allclose(
                 matrices(got, name)[i]["w"], want["w"], rtol=1e-4, atol=1e-6, err_msg=f"{name} {i}"
             )
+
+
+def test_muon_gets_every_matrix_of_the_decoder():
+    pattern = (Layer(Rope()), Layer(Rope(), window=4))
+    config = ModelConfig("llama", 11, 6, 3, 3, 1, 2, 5, 16, tied=False, norm_eps=1e-5, pattern=pattern)
+    policy = Policy(config)
+    sides = {}
+    for name, dims in matrices_of(policy.abstract(), policy.axes()).items():
+        shape = named(policy.abstract())[name].shape
+        sides[name] = tuple(math.prod(shape[i] for i in axes) for axes in dims)
+    one = {
+        "attn/q/weight": (6, 6),
+        "attn/k/weight": (6, 2),
+        "attn/v/weight": (6, 2),
+        "attn/o/weight": (6, 6),
+        "mlp/gate_up/weight": (6, 5),
+        "mlp/down/weight": (5, 6),
+    }
+    assert sides == {f"{part}/{name}": size for part in ("layers", "tail") for name, size in one.items()}
 
 
 def test_muon_leaves_embeddings_norms_and_biases_to_adamw():
