@@ -302,12 +302,12 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._at_start if prefixed else self._inside
         found = processor.encode(piece, return_type="offset_mapping")
         ids += found["ids"]
-        spans, following = [], len(piece)
+        spans = [(start + begin, start + stop) for begin, stop in found["offsets"]]
         # Of the bytes of one character all but the last have an empty span; so has a lone dummy space.
-        for begin, stop in reversed(found["offsets"]):
-            following = stop if stop > begin else following
-            spans.append((start + begin, start + following))
-        offsets += reversed(spans)
+        empty = [place for place, (begin, stop) in enumerate(spans[:-1]) if begin == stop]
+        for place in reversed(empty):
+            spans[place] = (spans[place][0], spans[place + 1][1])
+        offsets += spans
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         texts, run = [], []

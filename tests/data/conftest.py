@@ -10,6 +10,7 @@ import tokenizers
 from jaxpost.data.tokenizers import load_tokenizer
 
 TEXTS = [
+    "Yes No France " * 20,  # these become one piece each
     "What is the capital of France? The capital of France is Paris.",
     "Who wrote Emma? Jane Austen wrote it. Yes. No. Maybe not, but surely yes.",
     "User: hello there\nAssistant: good morning to you, and a fine day it is.",
@@ -22,7 +23,7 @@ def sentencepiece_model(**options) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(" ".join(TEXTS).split("\n")),
         model_writer=model,
-        **{"model_type": "bpe", "vocab_size": 340, "byte_fallback": True, "user_defined_symbols": ["<user>", "<bot>"]},
+        **{"model_type": "bpe", "vocab_size": 360, "byte_fallback": True, "user_defined_symbols": ["<user>", "<bot>"]},
         **{
             "normalization_rule_name": "identity",
             "remove_extra_whitespaces": False,
