@@ -1,4 +1,5 @@
 PYTHON ?= python
+TESTS ?=  # arguments of pytest, as in `make check TESTS="-m slow"`
 
 .PHONY: check format test slow claims
 
@@ -6,7 +7,7 @@ check:  ## style, import layers, fast tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest tests/test_layers.py
-	$(PYTHON) -m pytest --ignore=tests/test_layers.py
+	$(PYTHON) -m pytest $(TESTS)
 
 format:  ## mend what ruff can mend
 	$(PYTHON) -m ruff check --fix .

@@ -34,7 +34,7 @@ class DataConfig:
     train: Sources = key("`embedded`, a path, or a list of paths or [path, weight] pairs")
     eval: Sources | None = key("as data.train; None = the held-out split of `embedded`, else see eval_examples", None)
     eval_examples: int = key("where data.eval is None: examples of data.train held out, drawn by run.seed", 200, low=0)
-    format: str = key("name of the record format; auto = by the fields of the first record", "auto")
+    format: str = key("name of the record format; auto = by the fields", "auto")
     max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
     on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
     on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
