@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.errors import DataError
 from jaxpost.types import Document, Origin
 
-VERSION = 1  # of the encoding: part of every fingerprint, raised when the same input gives other tokens
 ORIGINS_SHOWN = 3
 LENGTH_REASONS = ("too_long", "longer_than_row")
 PERCENTILES = (50, 90, 99, 100)
@@ -28,7 +26,10 @@ PERCENTILES = (50, 90, 99, 100)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """documents: sequence of Document. names: the files. fingerprint: sha256 of all that decides the tokens."""
+    """documents: sequence of Document. names: the files. fingerprint: sha256 of the documents' tokens and weights.
+
+    It is of the result, not of what went in: a template may write today's date, which no key of the input tells.
+    """
 
     documents: "Documents"
     report: "Report"
@@ -99,10 +100,7 @@ def load_dataset(
         raise DataError(f"{', '.join(report.names)}: nothing left: {report.faults() or 'the weights take no example'}")
     documents = builder.build()
     report.measure(documents)
-    decisive = [VERSION, [(s.fingerprint, w) for s, (_, w) in zip(sources, weighted, strict=True)], report.formats]
-    decisive += [tokenizer.fingerprint, template.fingerprint, kind, max_tokens, on_long, row_tokens]
-    fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return Dataset(documents, report, fingerprint, report.names)
+    return Dataset(documents, report, documents.fingerprint(), report.names)
 
 
 def _weighted(paths) -> list[tuple[str, float]]:
@@ -187,6 +185,14 @@ class Documents(Sequence):
         completions = np.diff(self._first_parts) - 1
         linear = self._part_starts[prompts + 1] == self._part_starts[prompts]
         return np.where(linear, sizes, sizes - 1 + completions)[self._order]
+
+    def fingerprint(self) -> str:
+        """sha256 of all documents in order: tokens, weights, boundaries and example ids."""
+        digest = hashlib.sha256()
+        arrays = (self._tokens, self._weights, self._part_starts, self._first_parts, self._example_ids, self._order)
+        for array in arrays:
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     @property
     def trained(self) -> int:

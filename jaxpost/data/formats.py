@@ -61,7 +61,6 @@ class Format:
     required: frozenset[str]
     optional: frozenset[str]
     parse: Callable[[dict], tuple]
-    doc: str
 
 
 FORMATS: dict[str, Format] = {}
@@ -74,9 +73,7 @@ def register(name: str, kind: str, required: str, optional: str = ""):
     """Registers `parse(record) -> (kind, prompt, completions)` under a name, with the keys it reads."""
 
     def add(parse):
-        FORMATS[name] = Format(
-            name, kind, frozenset(required.split()), frozenset(optional.split()), parse, parse.__doc__.splitlines()[0]
-        )
+        FORMATS[name] = Format(name, kind, frozenset(required.split()), frozenset(optional.split()), parse)
         KEYS.update(required.split(), optional.split())
         return parse
 

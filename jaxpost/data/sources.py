@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import mmap
+import os
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ def _read(path) -> bytes | mmap.mmap:
             raise DataError(f"{path}: broken gzip file ({error})") from None
     if "://" in str(path) or file.stat().length == 0:
         return file.read_bytes()
-    with open(path, "rb") as opened:
+    with open(os.fspath(file), "rb") as opened:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from jaxpost.errors import DataError
 
-MODEL_FILES = ("tokenizer.json", "tokenizer.json.gz", "tokenizer.model")
+MODEL_FILES = ("tokenizer.json", "tokenizer.json.gz", "tokenizer.model")  # the first that is there is read
 SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -40,7 +40,8 @@ def load_tokenizer(path) -> "Tokenizer":
     content = model.read_bytes()
     if str(model).endswith(".gz"):
         content = gzip.decompress(content)
-    names = (*SETTING_FILES, *MODEL_FILES[::2]) if given.is_dir() else SETTING_FILES
+    # A folder may hold the same tokenizer in both forms; an export then does so too.
+    names = (*SETTING_FILES, "tokenizer.json", "tokenizer.model") if given.is_dir() else SETTING_FILES
     beside = {name: (model.parent / name).read_bytes() for name in names if (model.parent / name).exists()}
     settings = _Settings(str(path), model.parent, beside)
     kind = JsonTokenizer if content.lstrip()[:1] == b"{" else SentencePieceTokenizer
@@ -69,11 +70,13 @@ class _Settings:
         self.special = {key: _token_text(special[key]) for key in SPECIAL_NAMES if special.get(key)}
         self.extra = [_token_text(token) for token in special.get("additional_special_tokens") or []]
         self.none = {key for key in SPECIAL_NAMES if key in special and special[key] is None}
-        self.ids = {}  # bos_token_id, eos_token_id, ... of the model itself
+        self.ids = {"bos_token": [], "eos_token": []}  # of the model itself; EOS may be several, all of which stop
         for file in ("config.json", "generation_config.json"):
             if (folder / file).exists():
                 found = _read_json(f"{folder / file}", (folder / file).read_bytes())
-                self.ids |= {key: found[key] for key in ("bos_token_id", "eos_token_id") if found.get(key) is not None}
+                for name, ids in self.ids.items():
+                    value = found.get(f"{name}_id")
+                    ids += value if isinstance(value, list) else [value] * (value is not None)
         self.templates = self._read_templates()
 
     def _read_templates(self) -> dict[str, str]:
@@ -89,15 +92,11 @@ def _token_text(token) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _id_list(value) -> list[int]:
-    return list(value) if isinstance(value, list) else [value]
-
-
 class Tokenizer(abc.ABC):
     """Text to ids and back. Ids lie below `vocab_size`; bos_id, eos_id and pad_id are None where there is none.
 
     adds_bos: whether a sequence begins with BOS (written by the encoder where a template does not write it).
-    stop_ids: every id that ends a turn: EOS and the ids of the generation config.
+    stop_ids: every id that ends a turn: EOS, and those of config.json and generation_config.json.
     chat_template: jinja source, or None. fingerprint: sha256 of all that decides the ids.
     """
 
@@ -109,8 +108,7 @@ class Tokenizer(abc.ABC):
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token")
         self.adds_bos = self.bos_id is not None and settings.config.get("add_bos_token", adds_bos)
-        stops = {self.eos_id} if self.eos_id is not None else set()
-        self.stop_ids = tuple(sorted(stops | set(_id_list(settings.ids.get("eos_token_id", [])))))
+        self.stop_ids = tuple(sorted({self.eos_id, *settings.ids["eos_token"]} - {None}))
         decisive = [self.bos_id, self.eos_id, self.adds_bos, settings.config.get("legacy"), sorted(self._special_ids())]
         self.fingerprint = hashlib.sha256(content + json.dumps(decisive).encode()).hexdigest()
 
@@ -123,8 +121,8 @@ class Tokenizer(abc.ABC):
             if index is None:
                 raise DataError(f"{self.name}: {name} {self.special_tokens[name]!r} is not in the vocabulary")
             return index
-        known = self._settings.ids.get(f"{name}_id")
-        index = self._model_special_id(name) if known is None else _id_list(known)[0]
+        known = self._settings.ids.get(name)
+        index = known[0] if known else self._model_special_id(name)
         if index is not None:
             self.special_tokens[name] = self.token(index)
         return index
@@ -313,7 +311,7 @@ class SentencePieceTokenizer(Tokenizer):
         texts, run = [], []
         for index in map(int, ids):
             if index not in self._texts:
-                run.append(index)
+                run += [index] * (index < len(self._inside))  # a model's vocabulary may be padded beyond the pieces
                 continue
             texts += [self._inside.decode(run)] if run else []
             run = []

@@ -130,21 +130,33 @@ def test_files_of_several_formats_train_together(load, write_jsonl):
     assert report.formats == ["messages", "prompt_completion"] and report.kept == 2
 
 
-def test_the_fingerprint_tells_everything_that_changes_the_tokens(load, write_jsonl, tokenizer, write_tokenizer):
-    path = write_jsonl(GOOD, GOOD | {"prompt": "Yes?"})
-    options = [
-        {},
-        {"max_tokens": 99},
-        {"on_long": "truncate"},
-        {"row_tokens": 99},
-        {"template": Template("{{ messages[0].content }}", tokenizer)},
-        {"tokenizer": load_tokenizer(write_tokenizer(legacy=True))},
+def test_the_fingerprint_is_of_the_documents(load, write_jsonl, tokenizer, write_tokenizer):
+    path = write_jsonl(GOOD, GOOD | {"prompt": "Yes<user>No?"}, LONG)
+    prints = [
+        load(data, **options).fingerprint
+        for data, options in [
+            (path, {}),
+            (path, {"max_tokens": 1000}),
+            (path, {"tokenizer": load_tokenizer(write_tokenizer(legacy=True))}),
+            ([(path, 2)], {}),
+            (write_jsonl(GOOD, name="other.jsonl"), {}),
+            (
+                write_jsonl({"text": GOOD["prompt"] + GOOD["completion"]}, name="all.jsonl"),
+                {},
+            ),  # the mask alone differs
+        ]
     ]
-    prints = [load(path, **option).fingerprint for option in options]
-    prints.append(load([(path, 2)]).fingerprint)
-    prints.append(load(write_jsonl(GOOD, name="other.jsonl")).fingerprint)
     assert len(set(prints)) == len(prints)
-    assert load(write_jsonl(GOOD, GOOD | {"prompt": "Yes?"}, name="copy.jsonl")).fingerprint == prints[0]
+    copy = write_jsonl(GOOD, GOOD | {"prompt": "Yes<user>No?"}, LONG, name="copy.jsonl")
+    assert load(copy, max_tokens=99).fingerprint == prints[0]
+
+
+def test_a_template_that_writes_the_date_changes_the_fingerprint(load, write_jsonl, tokenizer):
+    """Reference log-probabilities cached yesterday must not be taken for those of today's tokens."""
+    path = write_jsonl({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Yes"}]})
+    clock = "{{ strftime_now('%H%M%S%f') }}{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    template = Template(clock, tokenizer)
+    assert load(path, template=template).fingerprint != load(path, template=template).fingerprint
 
 
 # --- faults of files ------------------------------------------------------------------------------------------------

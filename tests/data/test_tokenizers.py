@@ -159,6 +159,13 @@ def test_config_decides_about_bos_and_templates(write_tokenizer):
     assert load_tokenizer(folder).chat_template == "C"
 
 
+def test_ids_beyond_the_pieces_are_passed_over(tokenizer):
+    """A model's vocabulary may be padded, and an untrained model samples from the padding."""
+    ids = tokenizer.encode("Yes")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 7]) == "Yes"
+    assert tokenizer.token(tokenizer.vocab_size + 7) == f"<{tokenizer.vocab_size + 7}>"
+
+
 def test_one_file_and_gz(tmp_path, json_bytes, write_tokenizer):
     (tmp_path / "tokenizer.json.gz").write_bytes(gzip.compress(json_bytes))
     packed = load_tokenizer(tmp_path / "tokenizer.json.gz")
