@@ -1,0 +1,174 @@
+"""Whole runs of a tiny model: what is written, and that a stopped run goes on as if it had never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import jaxpost
+from jaxpost.errors import CheckpointError, ConfigError, UserError
+from jaxpost.train.checkpoint import Checkpointer
+from jaxpost.train.loop import Loop
+from tests.worlds import dpo_config, write_model, write_pairs
+
+TIMED = "tokens_per_second"  # the only value of a row that may differ between two runs
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    return write_model(folder / "model"), write_pairs(folder / "pairs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    """A run that was never stopped."""
+    return jaxpost.run(dpo_config(*given, tmp_path_factory.mktemp("whole") / "run", eval_every=3))
+
+
+def same_rows(ours, theirs):
+    strip = lambda rows: [{k: v for k, v in row.items() if k != TIMED} for row in rows]  # noqa: E731
+    assert strip(ours) == strip(theirs)
+
+
+def same_bits(ours, theirs):
+    for a, b in zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(jax.device_get(theirs)), strict=True):
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+def test_rows_of_a_run(whole):
+    """One row a step, evaluations in rows of their own, TRL's names, the loss of step 1 before its update."""
+    steps = [row for row in whole.rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(steps[0]["loss"], np.log(2), atol=1e-5)
+    names = {"loss", "grad_norm", "learning_rate", TIMED, "rewards/chosen", "rewards/rejected", "rewards/margins"}
+    names |= {"rewards/accuracies", "logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy", "num_tokens"}
+    assert names <= set(steps[0])
+    evaluations = [row for row in whole.rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 3, 6]
+    np.testing.assert_allclose(evaluations[0]["eval/loss"], np.log(2), atol=1e-5)
+    assert whole.metrics["loss"].shape == (6, 2)
+    assert json.loads((whole.folder / "config.json").read_text())["optimizer"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_crashed_run_resumes_to_the_bit(given, whole, tmp_path, monkeypatch, stop_after):
+    config = dpo_config(*given, tmp_path / "run", eval_every=3, checkpoint_every=2)
+    write = Loop.write
+
+    def crash(self, step, *rest):
+        if step > stop_after:
+            raise KeyboardInterrupt
+        write(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "write", crash)
+        jaxpost.run(config)
+    config["run"]["resume"] = True
+    resumed = jaxpost.run(config)
+    same_rows(resumed.rows, whole.rows)
+    same_bits(resumed.params, whole.params)
+
+
+def test_sigterm_saves_and_the_run_goes_on(given, whole, tmp_path, monkeypatch):
+    config = dpo_config(*given, tmp_path / "run", eval_every=3)
+    write = Loop.write
+
+    def preempted(self, step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "write", preempted)
+        stopped = jaxpost.run(config)
+    assert not stopped.finished and int(stopped.state.step) < 6
+    config["run"]["resume"] = True
+    resumed = jaxpost.run(config)
+    assert resumed.finished
+    same_rows(resumed.rows, whole.rows)
+    same_bits(resumed.params, whole.params)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_bit(given, whole, tmp_path):
+    """kill -9 at a random moment, again and again, until the run ends; then as if nothing had happened."""
+    config = dpo_config(*given, tmp_path / "run", eval_every=3, checkpoint_every=1, resume=True)
+    code = f"import jaxpost\nfrom ml_collections import ConfigDict\njaxpost.run(ConfigDict({config!r}))"
+    draw = random.Random(time.time())
+    log = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        rows, target = 0, draw.randrange(1, 7)
+        while process.poll() is None and rows < target:
+            time.sleep(draw.random() * 0.05)
+            rows = log.read_text().count('"loss"') if log.exists() else 0
+        process.kill()
+        process.wait()
+    resumed = jaxpost.run(config)
+    same_rows(resumed.rows, whole.rows)
+    same_bits(resumed.params, whole.params)
+
+
+def test_resume_refuses_another_config_by_key(given, whole, tmp_path):
+    config = dpo_config(*given, whole.folder, eval_every=3)
+    before = {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"run\.dir: .* already holds a run; set run\.resume=True"):
+        jaxpost.run(config)
+    config["run"]["resume"] = True
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.5, but the run in .* has 0\.001"):
+        jaxpost.run(config | {"optimizer": {"learning_rate": 0.5, "warmup_steps": 1}})
+    with pytest.raises(ConfigError, match=r"run\.steps: 2 is less than the 6"):
+        jaxpost.run(config | {"run": config["run"] | {"steps": 2}})
+    assert before == {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
+
+
+def test_resume_without_a_checkpoint_starts_afresh_and_says_so(given, tmp_path, caplog):
+    config = dpo_config(*given, tmp_path / "run", steps=1, resume=True)
+    config["optimizer"]["warmup_steps"] = 0
+    with caplog.at_level("WARNING", "jaxpost"):
+        run = jaxpost.run(config)
+    assert int(run.state.step) == 1 and "starting afresh" in caplog.text
+
+
+def test_live_reference_equals_cached(given, whole, tmp_path):
+    config = dpo_config(*given, tmp_path / "run", eval_every=3) | {"reference": {"mode": "live"}}
+    live = jaxpost.run(config)
+    for ours, theirs in zip(live.rows, whole.rows, strict=True):
+        for name in theirs.keys() - {TIMED}:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_non_finite_gradients_stop_the_run(given, tmp_path):
+    config = dpo_config(*given, tmp_path / "run") | {"loss": {"name": "tests.train.test_runs:nan_loss"}}
+    config["optimizer"]["max_bad_steps"] = 2
+    with pytest.raises(UserError, match=r"optimizer\.max_bad_steps: 2 steps in a row up to step 2"):
+        jaxpost.run(config)
+
+
+def nan_loss(policy, reference):
+    """A loss named by dotted path whose gradient is never finite."""
+    return (policy.chosen - reference.chosen) * np.nan
+
+
+def test_a_finished_run_can_be_loaded_and_exported(whole, tmp_path):
+    loaded = jaxpost.load(whole.folder)
+    same_bits(loaded.params, whole.params)
+    loaded.export(tmp_path / "export")
+    again = jaxpost.load(tmp_path / "export")
+    same_bits(again.params, whole.params)
+    assert isinstance(again.chat("What is the capital of France?", max_new_tokens=4), str)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        jaxpost.load(tmp_path / "nowhere")
+
+
+def test_the_best_checkpoint_by_evaluation_loss_is_kept(whole):
+    with Checkpointer(whole.folder / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.best() in checkpoints.steps() and checkpoints.latest() == 6
