@@ -44,7 +44,6 @@ class Checkpointer:
         self._restored: int | None = None
         self._retention = _LastAndBest(LatestN(keep_last), keep_best)
         options = ocp.CheckpointManagerOptions(
-            create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             preservation_policy=self._retention,
