@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxpost.types import Array, record
 
-CHUNK = 128  # queries a product: on CPU 128 is quickest (145 ms against 506 for one dense product)
+CHUNK = 128  # queries a product; on CPU a third of the time of one dense product at T 1024
 MOST_CHUNKS = 32  # the loop is unrolled; longer rows get longer chunks
 
 
@@ -60,7 +60,8 @@ def attention(
     S, K = k.shape[1:3]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != h or H % K:
         raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit [B, T, H, h], [B, S, K, h]")
-    q = q.reshape(B, T, K, H // K, h)
+    q = q.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     training = isinstance(first_query, int)
     chunk = CHUNK * -(-T // (CHUNK * MOST_CHUNKS))
     out = []
@@ -70,16 +71,21 @@ def attention(
         places = jax.tree.map(lambda x: x[:, start:end], queries)  # noqa: B023
         seen = jax.tree.map(lambda x: x[:, :last], keys)  # noqa: B023
         mask = visible(places, seen, first_query + start, window)
-        out.append(_dense(q[:, start:end], k[:, :last], v[:, :last], mask, scale, soft_cap))
-    return jnp.concatenate(out, axis=1).reshape(B, T, H, h)
+        out.append(_attend(q[:, :, :, start:end], k[..., :last], v[:, :, :last], mask, scale, soft_cap))
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
-def _dense(q, k, v, mask, scale, soft_cap):
-    """q [B, T, K, G, h], k and v [B, S, K, h], mask [B, T, S]. A kernel for an accelerator replaces the loop above."""
-    scores = jnp.einsum("BTKGh,BSKh->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+def _attend(q, k, v, mask, scale, soft_cap):
+    """[B, K, G, T, h] of q like it, k [B, K, h, S], v [B, K, S, h], mask [B, T, S].
+
+    The G query heads of a key head are rows of one product, so keys and values are read once. A kernel for an
+    accelerator replaces this function and the loop around it.
+    """
+    B, K, G, T, h = q.shape
+    scores = jnp.matmul(q.reshape(B, K, G * T, h), k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     # Finite: a query that sees nothing (padding of a prompt) must give no NaN.
-    scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
-    probs = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("BKGTS,BSKh->BTKGh", probs.astype(v.dtype), v)
+    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, T, -1), jnp.float32(-1e30))
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return (probs.reshape(B, K, G * T, -1) @ v).reshape(q.shape)

@@ -19,7 +19,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "gate_up": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "norm": (),

@@ -70,7 +70,7 @@ def _tensors(params, policy, dtype) -> Iterator[tuple[str, np.ndarray]]:
         value = params
         for key in piece.path:
             value = value[key]
-        value = value[piece.index]
+        value = value if piece.row is None else value[piece.row]
         if getattr(value, "is_fully_addressable", True):
             value = np.asarray(value)
         else:

@@ -55,14 +55,18 @@ def load_params(path: str, policy: Policy, shardings: Any = None, dtype: str = "
 def _parameter(own: list[Piece], tensors, shape, sharding, dtype, sizes):
     @functools.cache  # jax asks once a device, copies included
     def shard(bounds):
-        out = np.empty([stop - start for start, stop in bounds], dtype)
-        for piece in own:
-            places = list(zip(piece.fixed, bounds, strict=True))
-            if all(at is None or start <= at < stop for at, (start, stop) in places):
-                into = tuple(slice(None) if at is None else at - start for at, (start, _) in places)
-                free = tuple(slice(*bound) for at, bound in places if at is None)
-                out[into] = from_slice(piece.weight, tensors[piece.name][1].get_slice(piece.name), free, sizes)
+        bounds = [slice(*bound) for bound in bounds]
+        if own[0].row is None:
+            return value(own[0], bounds)
+        rows = bounds[0]
+        out = np.empty([bound.stop - bound.start for bound in bounds], dtype)
+        for piece in own[rows]:
+            out[piece.row - rows.start] = value(piece, bounds[1:])
         return out
+
+    def value(piece, bounds):
+        tensor = tensors[piece.name][1].get_slice(piece.name)
+        return from_slice(piece.weight, tensor, bounds, sizes).astype(dtype)
 
     def at(index):
         return shard(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))

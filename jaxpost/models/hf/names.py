@@ -17,8 +17,7 @@ class Weight:
 
     name: of the tensor; "{layer}" stands for the layer number.
     path: of the parameter, "layers/attn/q/weight". Under "layers" its first dimension, the layer, is not in `dims`.
-    dims: "(H h) D -> D H h": dimensions of the tensor (merged ones in brackets) -> of the parameter. A number on the
-      right is a fixed index: "F D -> D 1 F" fills [:, 1, :] of a parameter [D, 2, F].
+    dims: "(H h) D -> D H h": dimensions of the tensor (merged ones in brackets) -> of the parameter.
     """
 
     name: str
@@ -30,12 +29,9 @@ class Weight:
         left = self.dims.split("->")[0]
         return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", left)]
 
-    def target(self) -> list[str]:
-        return self.dims.split("->")[1].split()
-
     def letters(self) -> list[str]:
-        """Dimensions of one piece of the parameter."""
-        return [letter for letter in self.target() if not letter.isdigit()]
+        """Letter of each dimension of the parameter."""
+        return self.dims.split("->")[1].split()
 
     def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Shape of the tensor in the file."""
@@ -44,16 +40,12 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A tensor of a file and its place: parameter `path`, at the `fixed` index of each dimension (None: all of it)."""
+    """A tensor of a file and its place: the parameter `path`, or one row (layer) of it."""
 
     weight: Weight
     name: str
     path: tuple[str, ...]
-    fixed: tuple[int | None, ...]
-
-    @property
-    def index(self) -> tuple:
-        return tuple(slice(None) if i is None else i for i in self.fixed)
+    row: int | None
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
@@ -73,13 +65,12 @@ def pieces(weights: tuple[Weight, ...], config: ModelConfig) -> Iterator[Piece]:
     scanned = config.num_layers - config.tail_layers
     for weight in weights:
         path = tuple(weight.path.split("/"))
-        fixed = tuple(int(letter) if letter.isdigit() else None for letter in weight.target())
         if "{layer}" not in weight.name:
-            yield Piece(weight, weight.name, path, fixed)
+            yield Piece(weight, weight.name, path, None)
             continue
         for layer in range(config.num_layers):
             stack, row = ("layers", layer) if layer < scanned else ("tail", layer - scanned)
-            yield Piece(weight, weight.name.format(layer=layer), (stack, *path[1:]), (row, *fixed))
+            yield Piece(weight, weight.name.format(layer=layer), (stack, *path[1:]), row)
 
 
 def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
