@@ -19,6 +19,7 @@ CORE = [
     "jinja2>=3.1",
     "ml-collections>=1.1,<2",
     "numpy>=2.0",
+    "protobuf>=5.28",
     "rich>=13",
     "safetensors>=0.6",
     "sentencepiece>=0.2.1,<0.3",
@@ -33,7 +34,7 @@ EXTRAS = {
     "log": ["wandb>=0.19"],  # run.log_to may name wandb
     "eval": ["scipy>=1.14"],
     "test": TEST,
-    "dev": [*TEST, "ruff>=0.12,<0.18", "pre-commit>=4"],
+    "dev": [*TEST, "ruff>=0.12,<0.18", "pre-commit>=4", "jaxtyping>=0.3"],
 }
 
 setup(

@@ -59,7 +59,7 @@ class OptimizerConfig:
     name: Literal["adamw", "adafactor", "lion", "muon"] = key("muon: on matrices, adamw on the rest", "adamw")
     learning_rate: float = key("peak, per step", 1e-4, above=0)
     schedule: Literal["cosine", "linear", "constant"] = key("shape after the warmup", "cosine")
-    warmup_steps: int = key("steps of linear rise from 0 to the peak", 0, low=0)
+    warmup_steps: int = key("steps of linear rise to the peak, none of them at rate 0", 0, low=0)
     final_fraction: float = key("learning rate of the last step, as a share of the peak", 0.1, low=0, high=1)
     b1: float = key("decay of the first moment, per step", 0.9, low=0, below=1)
     b2: float = key("decay of the second moment, per step", 0.999, low=0, below=1)

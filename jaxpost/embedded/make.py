@@ -78,7 +78,7 @@ def make_base(steps: int) -> None:
     start = pathlib.Path("runs/embedded-start")
     shutil.copytree(embedded.path("base"), start, dirs_exist_ok=True)
     initialise(start)
-    train(start, str(embedded.path("corpus")), "base", steps, learning_rate=4e-3, warmup_steps=100, weight_decay=0.1)
+    train(start, str(embedded.path("corpus")), "base", steps, learning_rate=3e-3, warmup_steps=50, weight_decay=0.1)
 
 
 def make_sft(steps: int) -> None:
@@ -95,10 +95,11 @@ def train(model: pathlib.Path, data, name: str, steps: int, **optimizer) -> None
     config.optimizer.b2 = 0.95
     config.optimizer.final_fraction = 0.02
     config.optimizer.update(optimizer)
+    config.batch.rows_per_step = 8  # of 256 tokens: small steps learn facts from fewer tokens
     config.run.dir = f"runs/embedded-{name}"
     config.run.steps = steps
     config.run.seed = SEED
-    config.run.checkpoint_every = 200
+    config.run.checkpoint_every = 100
     config.run.resume = True
     run = jaxpost.run(config)
     hf.export(embedded.path(name), run.state.params, run.model.policy, run.model.tokenizer.files(), dtype="bfloat16")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost.train.optimizer import apply_updates
 from jaxpost.types import Batch, Mean, TrainState
 
 
@@ -37,7 +38,7 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
 
         grads, metrics = _accumulated(jax.grad(loss_fn, has_aux=True), state.params, micro, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates)
         metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))  # microbatch shares add up to the loss
         for name, value in observe(state.opt_state, opt_state).items() if observe else ():
             metrics[name] = Mean(value, jnp.float32(1))
