@@ -102,7 +102,9 @@ def train(model: pathlib.Path, data, name: str, steps: int, **optimizer) -> None
     config.run.checkpoint_every = 100
     config.run.resume = True
     run = jaxpost.run(config)
-    hf.export(embedded.path(name), run.state.params, run.model.policy, run.model.tokenizer.files(), dtype="bfloat16")
+    small = pathlib.Path(config.run.dir) / "bfloat16"  # an export never takes the place of what is not one
+    hf.export(small, run.params, run.model.policy, run.model.tokenizer.files(), dtype="bfloat16")
+    shutil.copytree(small, embedded.path(name), dirs_exist_ok=True)
 
 
 def initialise(folder: pathlib.Path) -> None:
