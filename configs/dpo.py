@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.batch.rows_per_step = 8  # packed rows of one optimizer step, over all devices
     config.batch.tokens_per_row = 512  # tokens; a pair (prompt once, both answers) never spans rows
     config.batch.accumulate = 1  # microbatches of a step; divides rows_per_step
-    config.batch.documents_per_row = 16  # most pairs packed into a row
+    config.batch.documents_per_row = 32  # most pairs packed into a row
 
     config.run = ConfigDict()
     config.run.dir = None  # may be gs://; None: a new folder runs/dpo-N

@@ -76,7 +76,7 @@ class BatchConfig:
     rows_per_step: int = key("rows of one optimizer step, over all devices and microbatches", 8, low=1)
     tokens_per_row: int = key("tokens of a packed row", 1024, low=2)
     accumulate: int = key("microbatches a step is cut into; divides rows_per_step", 1, low=1)
-    documents_per_row: int = key("most documents (conversations, pairs) packed into a row", 16, low=1)
+    documents_per_row: int = key("most documents (conversations, pairs) packed into a row", 32, low=1)
 
 
 @dataclasses.dataclass(frozen=True)

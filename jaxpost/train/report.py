@@ -11,6 +11,7 @@ GIB = 2**30
 
 def start_table(config, mesh, model, data, abstract, loader, total: int, start: int) -> None:
     """One table of derived quantities: nothing here is set by a key, all of it follows from them."""
+    print_table("data", data.report.rows())
     batch, statistics = config.batch, row_statistics(loader)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract.params))
     rows = [

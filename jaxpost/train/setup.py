@@ -9,14 +9,16 @@ import numpy as np
 from etils import epath
 
 from jaxpost import embedded
+from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
-from jaxpost.errors import ConfigError
+from jaxpost.errors import ConfigError, DataError
 from jaxpost.models import hf
 from jaxpost.models.policy import Policy
 from jaxpost.sharding import make_mesh, named_shardings
 
+PREFLIGHT_DOCUMENTS = 1000  # looked at before every run; `jaxpost check` looks at all
 BRANCHES = {"sft": 0, "preference": 2}  # completions of a document, by kind of data
 
 
@@ -150,7 +152,9 @@ class Subset:
 
 
 def _dataset(config, model: Model, kind: str, sources) -> Dataset:
-    return load_dataset(
+    """Reads the sources, and refuses what would silently ruin a run (data/preflight.py)."""
+    vocab_size = model.policy.config.vocab_size
+    dataset = load_dataset(
         sources,
         tokenizer=model.tokenizer,
         template=model.template,
@@ -159,6 +163,9 @@ def _dataset(config, model: Model, kind: str, sources) -> Dataset:
         on_bad=config.data.on_bad,
         on_long=config.data.on_long,
         format=config.data.format,
-        vocab_size=model.policy.config.vocab_size,
+        vocab_size=vocab_size,
         row_tokens=config.batch.tokens_per_row,
     )
+    if problems := preflight.check(dataset.documents, model.tokenizer, vocab_size, PREFLIGHT_DOCUMENTS):
+        raise DataError("; ".join(preflight.summary(problems)))
+    return dataset
