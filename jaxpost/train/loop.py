@@ -143,7 +143,7 @@ class Loop:
 
     def run(self, state, start: int, total: int, extra: dict):
         """(state, finished). Stops after the present step, saved, when SIGTERM comes."""
-        run, self.tokens, pending = self.config.run, extra["num_tokens"], None
+        run, self.tokens, self.clock, pending = self.config.run, extra["num_tokens"], time.perf_counter(), None
         with (
             stop_signal() as stopped,
             self.loader.iterate(start) as batches,
@@ -151,14 +151,13 @@ class Loop:
         ):
             for step in range(start + 1, total + 1):
                 self.profile(step)
-                began = time.perf_counter()
                 batch = next(batches)
                 tokens = int((batch.rows.segments > 0).sum())
                 state, found = self.step_fn(state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh)))
                 self.evaluation = None
                 if pending:  # written while the device works on the next step
                     self.write(*pending)
-                pending = (step, found, tokens, began)
+                pending = (step, found, tokens)
                 last, evaluate = step == total or stopped.is_set(), run.eval_every and step % run.eval_every == 0
                 save = run.checkpoint_every and step % run.checkpoint_every == 0
                 if last or evaluate or save:
@@ -168,6 +167,8 @@ class Loop:
                     self.evaluate(state, step)
                 if last or save:
                     self.save(state, step)
+                if evaluate or save:
+                    self.clock = time.perf_counter()  # they are no part of the next step
                 if stopped.is_set():
                     self.checkpoints.wait()
                     log.warning("SIGTERM: saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
@@ -175,10 +176,11 @@ class Loop:
         self.checkpoints.wait()
         return state, True
 
-    def write(self, step: int, found, tokens: int, began: float):
+    def write(self, step: int, found, tokens: int):
         """The row of one step; stops a run whose gradients stay non-finite."""
         values = {name: float(mean.value) for name, mean in jax.device_get(found).items()}
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()  # results come in order: from the one before to this one is the time of this step
+        seconds, self.clock = now - self.clock, now
         self.tokens += tokens
         bad, limit = values.pop("bad_in_a_row"), self.config.optimizer.max_bad_steps
         terms = {name: values.pop(name) for name in list(values) if name.startswith("loss/")}

@@ -154,6 +154,20 @@ def test_a_shared_prompt_ends_before_a_token_that_an_answer_changes(tokenizer):
     assert document.weights[1][:-2].sum() == 0  # the end of the prompt, which could not be shared
 
 
+def test_a_shared_prompt_ends_where_either_answer_is_trained(tokenizer):
+    """A template may mark more of one answer than of the other."""
+    template = (
+        "{% for m in messages %}{% if m.content == 'A' %}{{ ' Yes' }}{% generation %}{{ ' No' }}{% endgeneration %}"
+        "{% elif m.role == 'assistant' %}{% generation %}{{ ' Yes No No' }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    for chosen, rejected in (("A", "B"), ("B", "A")):
+        document = one({"prompt": [USER], "chosen": [bot(chosen)], "rejected": [bot(rejected)]}, tokenizer, template)
+        assert "▁Yes" not in spelled(tokenizer, document.prompt)
+        kept = {chosen: document.weights[0].tolist(), rejected: document.weights[1].tolist()}
+        assert kept == {"A": [0, 1], "B": [1, 1, 1]}
+
+
 def test_answers_that_begin_alike_keep_their_beginning(tokenizer):
     document = one(PAIRS[1], tokenizer, load_template("plain", tokenizer))
     assert [tokenizer.decode(c, False) for c in document.completions] == ["Yes.</s>", "Yes, surely.</s>"]
@@ -197,6 +211,13 @@ def test_without_bos_the_prompts_first_token_goes_first(write_tokenizer):
     whole = one(LONG, tokenizer).completions[0]
     cut = one(LONG, tokenizer, max_tokens=len(whole) - 3, on_long="truncate").completions[0]
     assert cut.tolist() == whole[3:].tolist()
+
+
+def test_the_first_token_has_nothing_to_be_predicted_from(write_tokenizer):
+    tokenizer = load_tokenizer(write_tokenizer(add_bos_token=False))
+    document = one({"prompt": "", "completion": "Yes"}, tokenizer)
+    assert spelled(tokenizer, document.completions[0]) == ["▁Yes", "</s>"]
+    assert document.weights[0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("max_tokens", [2, 3, 7, 1000])
