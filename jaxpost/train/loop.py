@@ -158,18 +158,19 @@ class Loop:
                 if pending:  # written while the device works on the next step
                     self.write(*pending)
                 pending = (step, found, tokens)
-                last, evaluate = step == total or stopped.is_set(), run.eval_every and step % run.eval_every == 0
-                save = run.checkpoint_every and step % run.checkpoint_every == 0
-                if last or evaluate or save:
+                stopping = stopped.is_set()
+                evaluate = step == total or (run.eval_every and step % run.eval_every == 0)
+                save = step == total or stopping or (run.checkpoint_every and step % run.checkpoint_every == 0)
+                if evaluate or save:
                     self.write(*pending)  # a checkpoint must find the rows of its own step on disk
                     pending = None
-                if evaluate or step == total:
+                if evaluate:
                     self.evaluate(state, step)
-                if last or save:
+                if save:
                     self.save(state, step)
                 if evaluate or save:
                     self.clock = time.perf_counter()  # they are no part of the next step
-                if stopped.is_set():
+                if stopping:
                     self.checkpoints.wait()
                     log.warning("SIGTERM: saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
                     return state, step == total
