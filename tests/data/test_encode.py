@@ -78,7 +78,7 @@ def test_the_end_of_turn_is_trained_and_nothing_of_the_user(tokenizer):
 LETTERS = st.text(st.sampled_from("aehnrs .?é😀"), min_size=1, max_size=30).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=4))
 def test_any_dialogue_trains_the_answers_alone(tokenizer, turns):
     messages = [m for question, answer in turns for m in (USER | {"content": question}, bot(answer))]
