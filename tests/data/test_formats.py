@@ -146,6 +146,7 @@ FAULTS = [
     ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "chosen_equals_rejected"),
     ({"prompt": [user("Q")], "chosen": [bot("A")], "rejected": [bot("A")]}, "chosen_equals_rejected"),
     (pair(HUMAN + " Ciao\n\nAssistant: Bye", HUMAN + " Ciao"), "prompts_differ"),
+    (pair(HUMAN + " Ciao\n\nAssistant: Bye", HUMAN + " Ta"), "prompts_differ"),  # two turns against one
     (pair(HUMAN + " Ciao", HUMAN.replace("Bye", "Ta") + " Ciao"), "prompts_differ"),
     (pair(DIALOGUE, [*DIALOGUE[:2], user("Other"), bot("Hm")]), "prompts_differ"),
     (pair("no markers", "at all"), "no_messages"),
