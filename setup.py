@@ -22,7 +22,7 @@ CORE = [
     "protobuf>=5.28",
     "rich>=13",
     "safetensors>=0.6",
-    "sentencepiece>=0.2.1,<0.3",
+    "sentencepiece>=0.2.3,<0.3",
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22,<0.24",
 ]

@@ -195,6 +195,11 @@ class Documents(Sequence):
         return digest.hexdigest()
 
     @property
+    def example_ids(self) -> np.ndarray:
+        """`Document.example_id` of each, int[len]."""
+        return self._example_ids[self._order]
+
+    @property
     def trained(self) -> int:
         """Tokens with a weight, repetitions counted."""
         ends = np.concatenate([[0], np.cumsum(self._weights > 0)])[self._part_starts[self._first_parts]]

@@ -127,13 +127,15 @@ def open_data(config, model: Model, kind: str) -> Data:
         held_out = _dataset(config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"))
         identity["eval"] = held_out.fingerprint
         return Data(train.documents, held_out.documents, branches, train.report, identity)
-    count, held = len(train.documents), config.data.eval_examples
+    held = config.data.eval_examples
     if not held:
         return Data(train.documents, None, branches, train.report, identity)
-    if held >= count:
-        raise ConfigError(f"data.eval_examples: {held} of {count} examples leave none to train on; give fewer")
-    order = np.random.default_rng(config.run.seed).permutation(count)
-    parts = (Subset(train.documents, np.sort(part)) for part in (order[held:], order[:held]))
+    examples = np.unique(train.documents.example_ids)  # of one example, all pieces and copies go the same way
+    if held >= len(examples):
+        raise ConfigError(f"data.eval_examples: {held} of {len(examples)} examples leave none to train on; give fewer")
+    drawn = np.random.default_rng(config.run.seed).permutation(examples)[:held]
+    out = np.isin(train.documents.example_ids, drawn)
+    parts = (Subset(train.documents, np.flatnonzero(part)) for part in (~out, out))
     return Data(*parts, branches, train.report, identity | {"held_out": held, "seed": config.run.seed})
 
 
