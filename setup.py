@@ -20,6 +20,7 @@ CORE = [
     "ml-collections>=1.1,<2",
     "numpy>=2.0",
     "protobuf>=5.28",
+    "protobuf>=5",  # reads sentencepiece models
     "rich>=13",
     "safetensors>=0.6",
     "sentencepiece>=0.2.3,<0.3",
