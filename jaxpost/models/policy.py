@@ -31,8 +31,9 @@ class Policy:
         return Decoder(self.config, self.compute_dtype, self.remat, unroll)
 
     def _init(self, key):
-        one = jnp.zeros((1, 1), jnp.int32)
-        return self._decoder().init(key, one, Places(one, one, one))["params"]
+        # Parameters do not depend on the number of rows, but the layout of rows does: one that every mesh divides.
+        rows = jnp.zeros((max(1, jax.sharding.get_abstract_mesh().size), 1), jnp.int32)
+        return self._decoder().init(key, rows, Places(rows, rows, rows))["params"]
 
     def init(self, key: Array) -> Any:
         """Fresh f32 parameters. jit it with `out_shardings` so that they are born in their shards."""
