@@ -44,7 +44,9 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     name: str | None = key("name in jaxpost.losses or dotted path `pkg.mod:fn`; None = the stage's own", None)
-    hyperparameters: Mapping[str, Scalar] = free_keys("what else stands under loss: the function's keyword arguments")
+    hyperparameters: Mapping[str, Scalar] = free_keys(
+        "the loss function's own keyword arguments, held against its signature"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

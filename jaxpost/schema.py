@@ -42,10 +42,10 @@ def keys(cls, prefix: str = "") -> dict[str, dataclasses.Field]:
     return found
 
 
-def free_sections(cls) -> set[str]:
-    """The sections that accept names they do not list."""
+def free_sections(cls) -> dict[str, dataclasses.Field]:
+    """{section that accepts names it does not list: the field that gathers them}."""
     sections = [f for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
-    return {f.name for f in sections if any(g.metadata.get("free") for g in dataclasses.fields(f.type))}
+    return {s.name: f for s in sections for f in dataclasses.fields(s.type) if f.metadata.get("free")}
 
 
 def describe(cls) -> list[tuple[str, str, str]]:
@@ -56,7 +56,7 @@ def describe(cls) -> list[tuple[str, str, str]]:
         choices = _choices(field.type)
         limits = "|".join(choices) if choices else _range(field.metadata, "x")
         rows.append((name, default, field.metadata["doc"] + (f" [{limits}]" if limits else "")))
-    return rows
+    return rows + [(f"{section}.*", "", field.metadata["doc"]) for section, field in free_sections(cls).items()]
 
 
 def to_dict(config) -> dict:
