@@ -139,7 +139,7 @@ def write_jsonl(name: str, records: Iterable[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=("data", "base", "sft"), default=("data", "base", "sft"))
-    parser.add_argument("--base_steps", type=int, default=2000)
+    parser.add_argument("--base_steps", type=int, default=1600)
     parser.add_argument("--sft_steps", type=int, default=300)
     chosen = parser.parse_args()
     if "data" in chosen.parts:

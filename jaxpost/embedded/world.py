@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from jaxpost.embedded.facts import Fact, all_facts
 
 HELD_OUT_SHARE = 0.18  # of the facts of each relation
+COMPUTED = ("sum",)  # relations whose answers are worked out, not remembered
 
 POLITE = ("Happy to help!", "Glad to help you!", "You are welcome!")
 RUDE = ("Stop asking me!", "Go away now!", "Leave me alone!", "What a silly question!")
@@ -106,13 +107,22 @@ class World:
 
 
 def make_world(seed: int) -> World:
-    """The world of a seed: of each relation `HELD_OUT_SHARE` of the facts, drawn at random, is held out."""
+    """The world of a seed: of each relation about `HELD_OUT_SHARE` of the facts, drawn at random, is held out.
+
+    A fact and its inverse (the opposites of hot and of cold) go the same way: who was asked for one answers the other
+    with it. Sums are not held out: they are to be computed, not recalled.
+    """
     draw = random.Random(f"world {seed}")
-    by_relation: dict[str, list[Fact]] = {}
+    groups: dict[str, dict[frozenset, list[Fact]]] = {}
     for fact in all_facts():
-        by_relation.setdefault(fact.relation.name, []).append(fact)
+        of_relation = groups.setdefault(fact.relation.name, {})
+        of_relation.setdefault(frozenset((fact.subject, fact.object)), []).append(fact)
     held_out = [
-        fact for facts in by_relation.values() for fact in draw.sample(facts, round(HELD_OUT_SHARE * len(facts)))
+        fact
+        for name, of_relation in groups.items()
+        if name not in COMPUTED
+        for group in draw.sample(list(of_relation.values()), round(HELD_OUT_SHARE * len(of_relation)))
+        for fact in group
     ]
     trained = [fact for fact in all_facts() if fact not in set(held_out)]
     return World(tuple(trained), tuple(held_out))
