@@ -1,10 +1,11 @@
 """jaxpost from a notebook: `run(config) -> Run`."""
 
 from jaxpost import config as configs
+from jaxpost.sharding import make_mesh
 from jaxpost.stages import RUN
 from jaxpost.train.folder import is_run
 from jaxpost.train.run import LoadedModel, Run, load_run
-from jaxpost.train.setup import open_mesh, open_model, use_compilation_cache
+from jaxpost.train.setup import open_model, use_compilation_cache
 
 __all__ = ["LoadedModel", "Run", "get_config", "load", "run"]
 
@@ -39,7 +40,7 @@ def load(path: str, *, template: str | None = None) -> LoadedModel:
     if is_run(path):
         return load_run(path)
     values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
-    config = configs.resolve(values | {"tokenizer": {"template": template}, "batch": {"rows_per_step": 1}})
-    mesh = open_mesh(config)
+    config = configs.resolve(values | {"tokenizer": {"template": template}})
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = open_model(config, mesh)
     return LoadedModel(model, model.load(), mesh)

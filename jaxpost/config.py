@@ -38,7 +38,6 @@ class DataConfig:
     max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
     on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
     on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
-    workers: int = key("processes that prepare batches; 0 = a thread of this one", 0, low=0, high=256)
 
 
 @dataclasses.dataclass(frozen=True)

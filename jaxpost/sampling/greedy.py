@@ -26,6 +26,8 @@ def greedy(
         raise ValueError("greedy: a prompt holds no token")
     if not prompts:
         return []
+    count, devices = len(prompts), max(1, jax.sharding.get_abstract_mesh().size)
+    prompts = [*prompts, *[prompts[-1]] * (-count % devices)]  # rows are split over the mesh: a multiple of it
     longest = max(len(prompt) for prompt in prompts)
     width = BUCKET * 2 ** max(0, (longest - 1) // BUCKET).bit_length()
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -37,7 +39,7 @@ def greedy(
     new, logps, lengths = jax.device_get(_generate(policy, max_new_tokens, params, tokens, positions, stops))
     return [
         Completion(new[i, :n], logps[i, :n], "stop" if new[i, n - 1] in stop_ids else "length")
-        for i, n in enumerate(lengths)
+        for i, n in enumerate(lengths[:count])
     ]
 
 
