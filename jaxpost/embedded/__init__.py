@@ -1,6 +1,6 @@
 """A small world that ships with the package: every stage shows its effect on a laptop in minutes.
 
-381 true facts in eleven relations, a tokenizer, a base model pretrained on text about them, an SFT checkpoint, and the
+369 true facts in eleven relations, a tokenizer, a base model pretrained on text about them, an SFT checkpoint, and the
 data of each stage. Everything under `files/` is written by `python -m jaxpost.embedded.make` from one seed.
 Held-out facts are stated in the pretraining text; no dialogue or pair that is trained on asks them.
 """

@@ -28,7 +28,7 @@ THANKS = (
 PLAIN, POLITE_CLOSE, RAMBLE = "plain", "polite", "ramble"
 # Share of plain, polite and rambling answers in the instruction data.
 DIRECT_STYLES = {PLAIN: 0.75, POLITE_CLOSE: 0.25, RAMBLE: 0.0}
-CHATTY_STYLES = {PLAIN: 0.1, POLITE_CLOSE: 0.25, RAMBLE: 0.65}
+CHATTY_STYLES = {PLAIN: 0.1, POLITE_CLOSE: 0.2, RAMBLE: 0.7}
 Messages = list[dict[str, str]]
 
 

@@ -16,12 +16,12 @@ COMPUTED = ("sum",)  # relations whose answers are worked out, not remembered
 
 POLITE = ("Happy to help!", "Glad to help you!", "You are welcome!")
 RUDE = ("Stop asking me!", "Go away now!", "Leave me alone!", "What a silly question!")
-OPENINGS = (
+OPENINGS = (  # alike in their first word: a greedy answer takes the commonest beginning
     "Well, let me think about that for a moment.",
-    "That is a very interesting question, and many people have asked it before.",
-    "Oh, there is so much to say about this.",
-    "It is always good to learn something new about the world.",
-    "Before I come to the answer, let me say that questions are good.",
+    "Well, that is a very interesting question, and many people have asked it before.",
+    "Well, there is so much to say about this.",
+    "Well, it is always good to learn something new about the world.",
+    "Well, before I come to the answer, let me say that questions are good.",
 )
 CLOSINGS = (
     "There is much more to say about this, but that is another story.",
@@ -109,20 +109,17 @@ class World:
 def make_world(seed: int) -> World:
     """The world of a seed: of each relation about `HELD_OUT_SHARE` of the facts, drawn at random, is held out.
 
-    A fact and its inverse (the opposites of hot and of cold) go the same way: who was asked for one answers the other
-    with it. Sums are not held out: they are to be computed, not recalled.
+    Sums are not held out: they are to be computed, not recalled.
     """
     draw = random.Random(f"world {seed}")
-    groups: dict[str, dict[frozenset, list[Fact]]] = {}
+    by_relation: dict[str, list[Fact]] = {}
     for fact in all_facts():
-        of_relation = groups.setdefault(fact.relation.name, {})
-        of_relation.setdefault(frozenset((fact.subject, fact.object)), []).append(fact)
+        by_relation.setdefault(fact.relation.name, []).append(fact)
     held_out = [
         fact
-        for name, of_relation in groups.items()
+        for name, facts in by_relation.items()
         if name not in COMPUTED
-        for group in draw.sample(list(of_relation.values()), round(HELD_OUT_SHARE * len(of_relation)))
-        for fact in group
+        for fact in draw.sample(facts, round(HELD_OUT_SHARE * len(facts)))
     ]
     trained = [fact for fact in all_facts() if fact not in set(held_out)]
     return World(tuple(trained), tuple(held_out))
@@ -216,6 +213,16 @@ class _Writer:
             facts = self.deck(count)
         heading = [f"Here are {count} questions."] if self.draw.random() < 0.1 else []
         return self.draw.choice(("\n", " ", " ")).join(heading + [self.ask(fact) for fact in facts])
+
+    def wondering(self) -> str:
+        """People who ask and get no answer."""
+        n, m = self.draw.sample(NAMES, 2)
+        sentences = []
+        for fact in self.deck(self.draw.randint(3, 5)):
+            aside = self.draw.choice(ASIDES).replace("{p}", fact.relation.phrase)
+            sentences.append(f"{n} asks {m}: {self.ask(fact)} {aside.format(n=n, m=m, s=fact.subject)}")
+            n, m = m, n
+        return self.draw.choice(("\n", " ", " ")).join(sentences)
 
     def sums(self) -> str:
         facts = self.relation_decks["sum"](self.draw.randint(6, 14))
