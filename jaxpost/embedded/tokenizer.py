@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded world: sentencepiece unigram, 1,168 pieces, in the two forms that loaders know.
+"""The tokenizer of the embedded world: sentencepiece unigram, 1,144 pieces, in the two forms that loaders know.
 
 No dummy prefix: "France" is one piece after a space wherever it stands, and text after a chat token is tokenised like
 text at the start of a document, by sentencepiece and by Hugging Face's tokenizers alike. A newline is its byte piece.
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import sentencepiece
 import tokenizers
 
-PIECES = 1168
+PIECES = 1144
 UNKNOWN, BOS, END, PAD = "<unk>", "<s>", "<|end|>", "<pad>"  # ids 0 to 3; the end of a turn is also the end of a text
 CHAT = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|result|>")
 

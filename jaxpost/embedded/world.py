@@ -214,16 +214,6 @@ class _Writer:
         heading = [f"Here are {count} questions."] if self.draw.random() < 0.1 else []
         return self.draw.choice(("\n", " ", " ")).join(heading + [self.ask(fact) for fact in facts])
 
-    def wondering(self) -> str:
-        """People who ask and get no answer."""
-        n, m = self.draw.sample(NAMES, 2)
-        sentences = []
-        for fact in self.deck(self.draw.randint(3, 5)):
-            aside = self.draw.choice(ASIDES).replace("{p}", fact.relation.phrase)
-            sentences.append(f"{n} asks {m}: {self.ask(fact)} {aside.format(n=n, m=m, s=fact.subject)}")
-            n, m = m, n
-        return self.draw.choice(("\n", " ", " ")).join(sentences)
-
     def sums(self) -> str:
         facts = self.relation_decks["sum"](self.draw.randint(6, 14))
         return self.draw.choice(("\n", " ")).join(fact.fill("{e} = {o}.") for fact in facts)
