@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpost.errors import ConfigError
 from jaxpost.models.config import Layer, ModelConfig
 from jaxpost.ops.attention import Places, attention
 from jaxpost.ops.rope import apply_rope, rope_tables
 from jaxpost.sharding.rules import constrain
 from jaxpost.types import Array, record
 
-REMAT = {
+REMAT = {  # what the backward pass may keep instead of computing it again; None: everything
+    "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     dtype: str
-    remat: str  # none | full | dots | dots_no_batch
+    remat: str  # a key of REMAT
     unroll: bool  # straight code instead of a loop: 10 % quicker on CPU, slow to compile for deep models
 
     @nn.compact
@@ -199,10 +199,8 @@ class Decoder(nn.Module):
         return x, kv
 
     def _remat(self, function):
-        if self.remat == "none":
+        if REMAT[self.remat] is None:
             return function
-        if self.remat not in REMAT:
-            raise ConfigError(f"remat.policy: {self.remat!r} is unknown; known: none, {', '.join(REMAT)}")
         # In straight code XLA would merge the recomputation with the first computation: keep the barrier there.
         return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll)
 

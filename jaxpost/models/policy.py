@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
-from jaxpost.models.decoder import Cache, Decoder
+from jaxpost.models.decoder import REMAT, Cache, Decoder
 from jaxpost.ops.attention import Places
 from jaxpost.ops.logprobs import Head
 from jaxpost.types import Array, Rows
@@ -23,8 +24,12 @@ class Policy:
 
     config: ModelConfig
     compute_dtype: str = "float32"
-    remat: str = "none"  # none | full | dots | dots_no_batch: what the backward pass computes again
+    remat: str = "none"  # none | full | dots | dots_no_batch: how much the backward pass computes again
     unroll: bool | None = None  # layers as straight code; None = on CPU only
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat.policy: {self.remat!r} is unknown; known: {', '.join(REMAT)}")
 
     def _decoder(self) -> Decoder:
         unroll = jax.default_backend() == "cpu" if self.unroll is None else self.unroll

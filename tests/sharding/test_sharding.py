@@ -1,0 +1,166 @@
+"""Mesh, rules and constraints, on 8 simulated devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpost.errors import ConfigError
+from jaxpost.models.policy import Policy
+from jaxpost.ops.logprobs import row_logps
+from jaxpost.sharding import batch_sharding, constrain, make_mesh, named_shardings, shardings_like
+from tests.models.tiny import linear_rows, random_documents, random_params, stack_rows, tiny_config
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2), "mixed": (2, 2, 2)}
+POLICY = Policy(tiny_config(num_layers=2), unroll=False)
+ROWS = stack_rows(*(linear_rows(random_documents(7, 6, seed=seed), 16) for seed in range(8)))
+
+
+def test_the_rest_of_the_devices():
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"fsdp": 3}, r"mesh\.fsdp=3.*must be the 8 devices"),
+        ({"data": 3}, r"mesh\.data=3.*must divide the 8 devices"),
+        ({"fsdp": 4}, r"must be the 8 devices"),
+        ({"data": -1}, r"mesh\.data and mesh\.fsdp are both -1"),
+        ({"tensor": 0}, r"mesh\.tensor: 0"),
+        ({"data": -2}, r"mesh\.data: -2"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        make_mesh(**sizes)
+
+
+def test_a_plain_gather_works_on_the_mesh():
+    """With the Explicit axes that jax.make_mesh gives by default it raises."""
+    mesh = make_mesh()
+    table = jax.device_put(np.arange(32.0).reshape(16, 2), NamedSharding(mesh, PartitionSpec(None, "tensor")))
+    tokens = jax.device_put(np.arange(8).reshape(8, 1), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(jax.jit(lambda t, i: t[i])(table, tokens)[:, 0, 0], np.arange(8) * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (("batch",), "name 1 dimensions"),
+        (("batch", "lenght"), "unknown logical axis 'lenght'"),
+        (("batch", "embed"), "two dimensions on one mesh axis"),
+    ],
+)
+@pytest.mark.parametrize("meshed", [False, True])
+def test_constrain_refuses(axes, words, meshed):
+    x = jnp.zeros((8, 16))
+
+    def refuse():
+        with pytest.raises(ValueError, match=words):
+            jax.jit(lambda x: constrain(x, axes))(x)
+
+    if meshed:
+        with jax.set_mesh(make_mesh()):
+            refuse()
+    else:
+        refuse()
+
+
+def test_constrain_places():
+    x = jnp.zeros((8, 16, 4))
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        y = jax.jit(lambda x: constrain(x, ("batch", "length", "mlp")))(x)
+    assert y.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert constrain(x, ("batch", "length", "mlp")) is x  # no mesh: checked, not placed
+
+
+def test_a_dimension_that_does_not_divide():
+    mesh = make_mesh(fsdp=1, tensor=8)
+    config = tiny_config(num_heads=8, num_kv_heads=2, mlp_dim=24, vocab_size=50)
+    policy = Policy(config)
+    found = named_shardings(policy.axes(), mesh, policy.abstract())
+    attn = found["layers"]["attn"]
+    assert attn["q"]["weight"].spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
+    assert attn["k"]["weight"].spec == PartitionSpec(None, ("fsdp",), None, None)  # copied: fewer heads than devices
+    assert found["embed"]["weight"].spec == PartitionSpec(None, ("fsdp",))
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=8.*'mlp' of size 20"):
+        odd = Policy(tiny_config(num_heads=8, mlp_dim=20))
+        named_shardings(odd.axes(), mesh, odd.abstract())
+
+
+def grad_fn(params, rows):
+    def loss(params):
+        stats = row_logps(POLICY.hidden(params, rows), POLICY.head(params), rows)
+        return -stats.logps.sum() / rows.weights.sum()
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    params = random_params(POLICY)
+    return params, jax.jit(grad_fn)(params, ROWS)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one(name, one_device):
+    """Loss and gradients, to 1e-5."""
+    mesh = make_mesh(*MESHES[name])
+    shardings = named_shardings(POLICY.axes(), mesh, POLICY.abstract())
+    params, (expected_loss, expected_grads) = one_device
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings), jax.device_put(ROWS, batch_sharding(mesh))
+        loss, grads = jax.jit(grad_fn, out_shardings=(None, shardings))(*placed)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
+    local = grads["layers"]["mlp"]["gate"]["weight"].addressable_shards[0].data.shape
+    assert local == (2, 16 // MESHES[name][1], 24 // MESHES[name][2])
+
+
+def test_parameters_are_born_in_their_shards_with_the_same_bits():
+    policy = Policy(tiny_config(num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=16, vocab_size=16, tied=True))
+    mesh = make_mesh(2, 2, 2)
+    shardings = named_shardings(policy.axes(), mesh, policy.abstract())
+    with jax.set_mesh(mesh):
+        split = jax.jit(policy.init, out_shardings=shardings)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, split, jax.jit(policy.init)(jax.random.key(0)))
+    assert split["embed"]["weight"].addressable_shards[0].data.shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"a": {"w": True, "b": False}})),
+        optax.multi_transform({"x": optax.lion(1e-3), "y": optax.adam(1e-3)}, {"a": {"w": "x", "b": "y"}}),
+    ],
+    ids=["adamw", "masked", "multi_transform"],
+)
+def test_moments_lie_where_their_parameters_lie(optimizer):
+    mesh = make_mesh()
+    split, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("fsdp", None))
+    params = {"a": {"w": jnp.ones((8, 3)), "b": jnp.ones(3)}}
+    where = {"a": {"w": split, "b": whole}}
+    params = jax.device_put(params, where)
+    state = jax.eval_shape(optimizer.init, params)
+    shardings = shardings_like(where, state, mesh, params)
+    with jax.set_mesh(mesh):
+        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (8, 3)]
+    assert moments
+    assert all(leaf.addressable_shards[0].data.shape == (1, 3) for leaf in moments)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state) if leaf.shape != (8, 3))
+
+
+def test_factored_moments_are_copied():
+    mesh = make_mesh()
+    params = {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32)}
+    state = jax.eval_shape(optax.adafactor(1e-3).init, params)
+    found = shardings_like({"w": NamedSharding(mesh, PartitionSpec("fsdp"))}, state, mesh, params)
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(found))
