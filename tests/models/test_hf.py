@@ -69,7 +69,9 @@ def test_a_slice_of_a_parameter_is_read_from_the_tensor(dims):
     tensor = to_tensor(weight, whole)
     assert tensor.flags.c_contiguous
     assert tensor.shape == weight.shape(SIZES)
-    halves = tuple(slice(n // 2, n) if letter != "h" else slice(0, n) for letter, n in zip(weight.letters(), shape))
+    halves = tuple(
+        slice(n // 2, n) if letter != "h" else slice(0, n) for letter, n in zip(weight.letters(), shape, strict=True)
+    )
     read = []
 
     class Lazy:
@@ -301,7 +303,7 @@ def test_an_export_takes_the_place_of_an_older_one_only_when_it_is_whole(copy, p
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxpost.models.hf.export.save_file", full)
+        patch.setattr("jaxpost.models.hf.save.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             export(str(copy), params, POLICY, {})
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
@@ -343,7 +345,5 @@ def test_a_hub_name_is_downloaded(monkeypatch):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(
-        CheckpointError, match="org/name: neither a folder here nor to be had from the hub: no network$"
-    ):
+    with pytest.raises(CheckpointError, match=r"org/name: neither a folder here nor .*: no network$"):
         resolve("org/name")

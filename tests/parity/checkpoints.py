@@ -1,7 +1,7 @@
 """Holds our models against reference checkpoints: `python -m tests.parity.checkpoints DIR`.
 
-Each folder DIR/*/ with a golden.npz is a tiny checkpoint and what transformers computes of it (eager f32): ids, mask and
-position_ids padded on the right and on the left, logits, the last hidden state, a greedy continuation, NLL, the
+Each folder DIR/*/ with a golden.npz is a tiny checkpoint and what transformers computes of it (eager f32): ids, mask
+and position_ids padded on the right and on the left, logits, the last hidden state, a greedy continuation, NLL, the
 embedding's gradient and the norm of all gradients. Where there is a config_legacy.json (older RoPE keys) it must read
 as the same model. Prints a verdict a folder and `N passed, M failed` last, in which a missing family counts as failed;
 exits 0 only if all passed.
