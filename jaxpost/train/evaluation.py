@@ -13,6 +13,7 @@ from jaxpost.train.run import LoadedModel
 from jaxpost.train.step import make_eval_step, total_loss
 from jaxpost.types import Term
 
+TEXT_PROMPT_TOKENS = 8
 INTERVAL = 1.959964  # standard normal quantile of a 95 % interval
 
 
@@ -84,11 +85,14 @@ class Evaluator:
 
 
 def prompt_of(document) -> np.ndarray:
-    """What a document's first completion answers: its prompt, or all before the first trained token."""
+    """What a document's first completion answers: its prompt, or all before the first trained token.
+
+    Raw text is trained from its beginning: there it is the first few tokens, to be continued.
+    """
     if not document.linear:
         return document.prompt
     first = int(np.argmax(document.weights[0] > 0))
-    return document.completions[0][: max(first, 1)]
+    return document.completions[0][: first if first > 1 else TEXT_PROMPT_TOKENS]
 
 
 def wilson_interval(share: float, count: float) -> tuple[float, float]:
