@@ -1,4 +1,4 @@
-"""What every test runs under: 8 simulated CPU devices, a cache folder of its own, and strict promotion where it is ours.
+"""What every test runs under: 8 simulated CPU devices, a cache folder of its own, strict promotion in our own rooms.
 
 The environment is set before jax is first imported, and reaches the processes that tests start.
 """

@@ -180,7 +180,7 @@ def _logits(static, h, table, bias):
     _, temperature, scale, soft_cap = static
     raw = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32)
     if bias is not None:
-        raw = raw + bias.astype(jnp.float32)
+        raw = raw + bias.astype(jnp.float32)[None, None]
     z, capped = raw * scale, None
     if soft_cap is not None:
         capped = jnp.tanh(z / soft_cap)

@@ -37,7 +37,8 @@ def dpo(inputs, hyper):
     }
     if name not in preference.LOSSES or any(hyper[k] not in values for k, values in plain.items()):
         return None
-    loss_fn, mask = preference.LOSSES[name], inputs["completion_mask"][:, 1:]
+    loss_fn, logps = preference.LOSSES[name], jnp.asarray(inputs["policy_per_token_logps"])
+    mask = inputs["completion_mask"][:, 1:].astype(logps.dtype)
     pairs = len(mask) // 2
     reference = preference.PairLogps(*split_sums(inputs["ref_per_token_logps"] * mask))
 
@@ -46,7 +47,7 @@ def dpo(inputs, hyper):
         # the reference ignores label_smoothing in `sigmoid`: comparable at 0 only
         return loss_fn(policy, reference, beta=hyper["beta"]).mean()
 
-    value, grad = jax.value_and_grad(loss)(jnp.asarray(inputs["policy_per_token_logps"]))
+    value, grad = jax.value_and_grad(loss)(logps)
     first = grad[np.arange(2 * pairs), mask.argmax(1)]
     return {
         "loss": value,
@@ -67,12 +68,12 @@ def sft_(inputs, hyper):
     if hyper["loss_type"] not in sft.LOSSES:
         return None
     mask = labels != -100
-    items = hyper["num_items_in_batch"] or mask.sum()
+    items = float(hyper["num_items_in_batch"] or mask.sum())
 
     def loss(logits):
         logps = jax.nn.log_softmax(logits[:, :-1])
         logps = jnp.take_along_axis(logps, np.where(mask, labels, 0)[..., None], axis=-1)[..., 0]
-        return (sft.LOSSES[hyper["loss_type"]](logps) * mask).sum() / items
+        return (sft.LOSSES[hyper["loss_type"]](logps) * mask.astype(logits.dtype)).sum() / items
 
     value, grad = jax.value_and_grad(loss)(logits)
     return {"loss": value, "grad_logits": grad}
