@@ -109,6 +109,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer, x [B, T, D] -> (x, stored).
+
+    tables: cos and sin of the layer's RoPE. queries, keys, first_query: as ops.attention has them.
+    store: k, v of the T tokens -> k, v to attend to, stored (the KV cache; None in training).
+    """
+
     config: ModelConfig
     kind: Layer
     dtype: str
@@ -188,9 +194,11 @@ class Decoder(nn.Module):
         def period(carry, xs):
             x, kv = carry
             params, index = xs
-            for i, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+            leaves, tree = jax.tree.flatten(params)
+            layers = zip(*(jnp.split(leaf, P) for leaf in leaves), strict=True)  # its gradient is one concatenation
+            for i, (block, kind, own) in enumerate(zip(blocks, kinds, layers, strict=True)):
                 step = self._remat(functools.partial(apply, block, kind.rope))
-                x, kv = step(x, jax.tree.map(lambda p: p[i], params), kv, first + index * P + i)  # noqa: B023
+                x, kv = step(x, tree.unflatten(leaf[0] for leaf in own), kv, first + index * P + i)
             return (x, kv), None
 
         periods = jax.tree.map(lambda p: p.reshape(count // P, P, *p.shape[1:]), stacked)
@@ -201,7 +209,7 @@ class Decoder(nn.Module):
     def _remat(self, function):
         if REMAT[self.remat] is None:
             return function
-        # In straight code XLA would merge the recomputation with the first computation: keep the barrier there.
+        # The barrier against merging both computations costs time and is only needed in straight code (jax.checkpoint).
         return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll)
 
 

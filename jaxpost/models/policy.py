@@ -25,7 +25,7 @@ class Policy:
     config: ModelConfig
     compute_dtype: str = "float32"
     remat: str = "none"  # none | full | dots | dots_no_batch: how much the backward pass computes again
-    unroll: bool | None = None  # layers as straight code; None = on CPU only
+    unroll: bool | None = None  # layers as straight code; None = where the default backend is a CPU
 
     def __post_init__(self):
         if self.remat not in REMAT:

@@ -87,7 +87,7 @@ def test_scan_and_remat_change_nothing(remat, unrolled):
 
 
 def test_remat_really_computes_again():
-    """XLA would merge the recomputation of straight code with the first computation without a barrier."""
+    """In straight code too, where XLA could merge it with the first computation."""
 
     def flops(remat):
         policy = Policy(tiny_config(num_layers=1), remat=remat, unroll=True)

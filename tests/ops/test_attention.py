@@ -61,7 +61,7 @@ def test_no_chunk_is_left_out_of_a_long_row(monkeypatch):
 def test_gradients_do_not_depend_on_the_chunks(monkeypatch):
     def gradients(chunk):
         monkeypatch.setattr(room, "CHUNK", chunk)
-        return jax.grad(lambda x: (attention(*x, PLACES, PLACES, scale=0.3) ** 2).sum())(inputs())
+        return jax.jit(jax.grad(lambda x: (attention(*x, PLACES, PLACES, scale=0.3) ** 2).sum()))(inputs())
 
     for one, many in zip(gradients(128), gradients(3), strict=True):
         np.testing.assert_allclose(one, many, atol=1e-5)

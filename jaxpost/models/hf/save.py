@@ -1,5 +1,6 @@
 """Parameters back to a Hugging Face folder that `transformers` loads."""
 
+import contextlib
 import json
 import tempfile
 import uuid
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxpost.errors import CheckpointError
@@ -38,7 +40,7 @@ def export(
       dtype: of the tensors in the files; None: that of the parameters.
 
     Raises:
-      CheckpointError: `path` is a file, or a folder that is not a model (nothing in it is touched).
+      CheckpointError: `path` is a file, or a folder that is not a model (nothing in it is touched), or writing failed.
     """
     target = epath.Path(path)
     if target.exists() and not (target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))):
@@ -59,10 +61,11 @@ def export(
         for name, content in files.items():
             (folder / name).write_bytes(content)
         _replace(folder, target)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target}: could not be written ({error}); what was there before is untouched") from None
+    finally:
         if folder.exists():
             folder.rmtree()
-        raise
 
 
 def _tensors(params, policy, dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -83,9 +86,7 @@ def _write_weights(folder, tensors, shard_bytes):
 
     def flush():
         name = f"part-{len(shards)}.safetensors"
-        with tempfile.TemporaryDirectory() as local:
-            save_file(held, f"{local}/{name}", metadata={"format": "pt"})
-            epath.Path(f"{local}/{name}").copy(folder / name)
+        _save(held, folder / name)
         shards.append((name, list(held)))
         held.clear()
 
@@ -110,11 +111,25 @@ def _write_weights(folder, tensors, shard_bytes):
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _save(tensors, path):
+    """safetensors writes local files only; a remote one is copied from there."""
+    with contextlib.ExitStack() as stack:
+        remote = "://" in str(path)
+        local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}" if remote else str(path)
+        save_file(tensors, local, metadata={"format": "pt"})
+        if remote:
+            epath.Path(local).copy(path)
+
+
 def _replace(folder, target):
     if not target.exists():
         folder.rename(target)
         return
     old = target.parent / f"{folder.name}.old"
     target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     old.rmtree()
