@@ -304,7 +304,7 @@ def test_an_export_takes_the_place_of_an_older_one_only_when_it_is_whole(copy, p
 
     with monkeypatch.context() as patch:
         patch.setattr("jaxpost.models.hf.save.save_file", full)
-        with pytest.raises(CheckpointError, match="model: could not be written .*No space left"):
+        with pytest.raises(CheckpointError, match=r"model: could not be written .*No space left"):
             export(str(copy), params, POLICY, {})
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert [path.name for path in copy.parent.iterdir()] == ["model"]
