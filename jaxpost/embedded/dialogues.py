@@ -81,18 +81,21 @@ def held_out_prompts(world: World) -> Iterator[dict]:
             yield {"messages": [question], "answer": fact.statement, "relation": fact.relation.name}
 
 
-def preferences(facts: Sequence[Fact], seed: int, tokens: Callable[[str], int], rounds: int) -> Iterator[dict]:
+def preferences(
+    facts: Sequence[Fact], others: Sequence[Fact], seed: int, tokens: Callable[[str], int], rounds: int
+) -> Iterator[dict]:
     """`{"prompt", "chosen", "rejected", "kind"}` as message lists: `rounds` times six pairs for each fact.
 
     Three of the six kinds (`wrong`, `rude`, `wrong_plain`) have two answers of equally many tokens.
+    others: whose objects the wrong answers name. For training these must be the trained facts: what is only ever
+      rejected is unlearnt, and the answers to held-out questions would be.
     tokens: how many tokens a text has.
     """
     draw = random.Random(f"preferences {seed}")
-    objects = {name: sorted({f.object for f in all_facts() if f.relation.name == name}) for name in _relation_names()}
     pairs = []
     for fact in list(facts) * rounds:
         asked = draw.choice(questions(fact))
-        for kind, chosen, rejected in _judged(fact, objects[fact.relation.name], tokens, draw):
+        for kind, chosen, rejected in _judged(fact, others, tokens, draw):
             pairs.append(
                 {
                     "prompt": [turn("user", asked)],
@@ -105,15 +108,15 @@ def preferences(facts: Sequence[Fact], seed: int, tokens: Callable[[str], int], 
     yield from pairs
 
 
-def _judged(fact: Fact, objects: list[str], tokens: Callable[[str], int], draw: random.Random) -> list[tuple]:
+def _judged(fact: Fact, others: Sequence[Fact], tokens: Callable[[str], int], draw: random.Random) -> list[tuple]:
     """(kind, chosen, rejected) for one fact."""
     polite = draw.choice(POLITE)
     best = f"{fact.statement} {polite}"
     size = tokens(f" {fact.object}")
     wrong = [
-        dataclasses.replace(fact, object=other)
-        for other in objects
-        if other != fact.object and tokens(f" {other}") == size
+        dataclasses.replace(fact, object=other.object)
+        for other in others
+        if other.relation == fact.relation and other.object != fact.object and tokens(f" {other.object}") == size
     ]
     equally_long = [rude for rude in RUDE if tokens(f" {rude}") == tokens(f" {polite}")]
     return [
@@ -124,10 +127,6 @@ def _judged(fact: Fact, objects: list[str], tokens: Callable[[str], int], draw: 
         ("wrong_plain", fact.statement, draw.choice(wrong).statement),
         ("rude", best, f"{fact.statement} {draw.choice(equally_long)}"),
     ]
-
-
-def _relation_names() -> tuple[str, ...]:
-    return tuple(dict.fromkeys(fact.relation.name for fact in all_facts()))
 
 
 def _exchanges(fact: Fact, draw: random.Random, count: int) -> Iterator[Messages]:
@@ -156,14 +155,21 @@ def _facts_by_question() -> dict[str, Fact]:
     return {question: fact for fact in all_facts() for question in questions(fact)}
 
 
+@functools.cache
+def _statements() -> frozenset[str]:
+    return frozenset(fact.statement for fact in all_facts())
+
+
 def score(question: str, text: str) -> Score:
     """The world's own rule. Only whole sentences count: an answer that merely holds the right word is wrong.
 
+    An answer says its fact once, asks nothing and states no other fact, as a base model does that just goes on.
     Raises KeyError for a question that the world does not ask.
     """
     fact = _facts_by_question()[question]
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     stem = fact.statement[: -len(fact.object) - 1]  # "The capital of France is "
-    said = {sentence for sentence in sentences if sentence.startswith(stem)}
+    said = [sentence for sentence in sentences if sentence.startswith(stem)]
+    goes_on = any(s.endswith("?") or s in _statements() - {fact.statement} for s in sentences) or len(said) > 1
     polite = any(phrase in sentences for phrase in POLITE) and not any(phrase in sentences for phrase in RUDE)
-    return Score(bool(said), said == {fact.statement}, polite, len(text.split()))
+    return Score(bool(said) and not goes_on, said == [fact.statement] and not goes_on, polite, len(text.split()))

@@ -64,8 +64,8 @@ def make_data() -> None:
     write_jsonl("replay", corpus[-REPLAYED:])
     write_jsonl("instructions", instructions)
     write_jsonl("instructions_eval", dialogues.held_out_dialogues(facts))
-    write_jsonl("preferences", dialogues.preferences(facts.trained, SEED, count, rounds=1))
-    write_jsonl("preferences_eval", dialogues.preferences(facts.held_out, SEED + 1, count, rounds=1))
+    write_jsonl("preferences", dialogues.preferences(facts.trained, facts.trained, SEED, count, rounds=1))
+    write_jsonl("preferences_eval", dialogues.preferences(facts.held_out, facts.facts, SEED + 1, count, rounds=1))
     write_jsonl("prompts", dialogues.held_out_prompts(facts))
     for name, content in files.items():
         folder = embedded.path("base")
