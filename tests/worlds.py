@@ -4,38 +4,19 @@ import gzip
 import json
 import pathlib
 
-import jax
-
 from jaxpost import embedded
 from jaxpost.data.tokenizers import load_tokenizer
 from jaxpost.models import hf
-from jaxpost.models.config import Layer, ModelConfig
 from jaxpost.models.policy import Policy
-from jaxpost.ops.rope import Rope
+from tests.models.tiny import random_params, tiny_config
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
     """A random Llama of 60 K parameters with the embedded tokenizer, in Hugging Face layout."""
     tokenizer = load_tokenizer(embedded.path("base"))
-    policy = Policy(
-        ModelConfig(
-            family="llama",
-            vocab_size=tokenizer.vocab_size,
-            embed_dim=32,
-            mlp_dim=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            norm_eps=1e-6,
-            tied=True,
-            max_positions=128,
-            pattern=(Layer(rope=Rope(10_000.0)),),
-            bos_id=tokenizer.bos_id,
-            eos_ids=(tokenizer.eos_id,),
-        )
-    )
-    hf.export(folder, jax.jit(policy.init)(jax.random.key(0)), policy, tokenizer.files())
+    changes = {"vocab_size": tokenizer.vocab_size, "eos_ids": (tokenizer.eos_id,), "max_positions": 128, "tied": True}
+    policy = Policy(tiny_config(embed_dim=32, mlp_dim=64, num_layers=2, **changes))
+    hf.export(folder, random_params(policy), policy, tokenizer.files())
     return folder
 
 

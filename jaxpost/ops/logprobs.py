@@ -46,6 +46,11 @@ def row_logps(hidden: Array, head: Head, rows: Rows, *, temperature: float = 1.0
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)  # the last position is unscored, so 0 comes in front
 
 
+def logits(hidden: Array, head: Head) -> Array:
+    """f32[N, V] of hidden [N, D]: for the few positions that a sampler needs, never for a batch of rows."""
+    return _scores((0, 1.0, head.scale, head.soft_cap), hidden, head.weight.astype(hidden.dtype), head.bias)[1]
+
+
 def token_logps(
     hidden: Array,
     head: Head,
@@ -90,13 +95,13 @@ def _forward(static, hidden, weight, bias, targets, scored):
 
     def body(i, outputs):
         h, y = _slice(sorted_hidden, i, width), _slice(sorted_targets, i, width)
-        raw, z, _ = _logits(static, h, table, bias)
+        raw, z, _ = _scores(static, h, table, bias)
         top = z.max(-1)
-        shifted = z - top[..., None]
+        shifted = z - top[:, None]
         exp = jnp.exp(shifted)
         total = exp.sum(-1)
         lse = jnp.log(total)
-        pick = lambda x: jnp.take_along_axis(x, y[..., None], axis=-1)[..., 0]  # noqa: E731
+        pick = lambda x: jnp.take_along_axis(x, y[:, None], axis=-1)[:, 0]  # noqa: E731
         new = (
             pick(shifted) - lse,
             lse - (exp * shifted).sum(-1) / total,
@@ -105,7 +110,7 @@ def _forward(static, hidden, weight, bias, targets, scored):
             (pick(raw) >= raw.max(-1)).astype(jnp.float32),  # before the division, whose rounding differs by fusion
             top + lse,
         )
-        return tuple(jax.lax.dynamic_update_slice_in_dim(o, n, i * width, 1) for o, n in zip(outputs, new, strict=True))
+        return tuple(_put(out, values, i, width) for out, values in zip(outputs, new, strict=True))
 
     zeros = tuple(jnp.zeros(sorted_targets.shape, jnp.float32) for _ in range(6))
     *sorted_stats, log_normaliser = jax.lax.fori_loop(0, chunks, body, zeros)
@@ -126,21 +131,21 @@ def _backward(static, residuals, cotangents):
     def body(i, grads):
         d_hidden, d_weight, d_bias = grads
         h, y, c, d, lse, ent = (
-            _slice(x, i, width)[..., None] if x.ndim == 2 else _slice(x, i, width)
+            _slice(x, i, width)[:, None] if x.ndim == 2 else _slice(x, i, width)
             for x in (sorted_hidden, sorted_targets, d_logps, d_entropy, log_normaliser, entropy)
         )
-        _, z, capped = _logits(static, h, table, bias)
+        _, z, capped = _scores(static, h, table, bias)
         logp = z - lse
-        hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == y
+        hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == y
         dz = jnp.where(hit, c, 0) - jnp.exp(logp) * (c + d * (logp + ent))
         if soft_cap is not None:
             dz = dz * (1 - capped * capped)  # capped = tanh(logit / soft_cap)
         dz = (dz * (scale / temperature)).astype(table.dtype)
-        d_weight = d_weight + jnp.einsum("btv,btd->vd", dz, h, preferred_element_type=jnp.float32)
-        d_h = jnp.einsum("btv,vd->btd", dz, table, preferred_element_type=jnp.float32).astype(table.dtype)
+        d_weight = d_weight + jnp.einsum("nv,nd->vd", dz, h, preferred_element_type=jnp.float32)
+        d_h = jnp.einsum("nv,vd->nd", dz, table, preferred_element_type=jnp.float32).astype(table.dtype)
         if bias is not None:
-            d_bias = d_bias + dz.astype(jnp.float32).sum((0, 1))
-        return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, i * width, 1), d_weight, d_bias
+            d_bias = d_bias + dz.astype(jnp.float32).sum(0)
+        return _put(d_hidden, d_h, i, width), d_weight, d_bias
 
     start = (
         jnp.zeros_like(sorted_hidden),
@@ -172,15 +177,22 @@ def _permute(x, order, width):
 
 
 def _slice(x, i, width):
-    return jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1)
+    """Chunk i of x [B, T, ...], flat: [B * width, ...]: XLA on CPU transposes operands of three dimensions."""
+    chunk = jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1)
+    return chunk.reshape(-1, *x.shape[2:])
 
 
-def _logits(static, h, table, bias):
-    """f32 [B, w, V]: products of the head, logits over temperature, and tanh(logit / soft_cap) where there is a cap."""
+def _put(x, chunk, i, width):
+    """x [B, T, ...] with its chunk i replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(x, chunk.reshape(x.shape[0], width, *x.shape[2:]), i * width, axis=1)
+
+
+def _scores(static, h, table, bias):
+    """f32[N, V] thrice: products of the head, logits over temperature, tanh(logit / soft_cap) (None without a cap)."""
     _, temperature, scale, soft_cap = static
-    raw = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32)
+    raw = jnp.einsum("nd,vd->nv", h, table, preferred_element_type=jnp.float32)
     if bias is not None:
-        raw = raw + bias.astype(jnp.float32)[None, None]
+        raw = raw + bias.astype(jnp.float32)[None]
     z, capped = raw * scale, None
     if soft_cap is not None:
         capped = jnp.tanh(z / soft_cap)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost.models.policy import Policy
-from jaxpost.ops.logprobs import Head
+from jaxpost.ops.logprobs import logits
 from jaxpost.types import Array, Completion
 
 BUCKET = 16  # prompt lengths are rounded up to 16, 32, 64, ...: one compilation serves many prompts
@@ -49,9 +49,9 @@ def _generate(policy, max_new_tokens, params, tokens, positions, stops):
     head = policy.head(params)
 
     def pick(hidden):
-        logits = _logits(hidden[:, -1], head)
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, jnp.max(jax.nn.log_softmax(logits, axis=-1), axis=-1)
+        scores = logits(hidden[:, -1], head)
+        token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        return token, jnp.max(jax.nn.log_softmax(scores, axis=-1), axis=-1)
 
     def go_on(state):
         n, _, _, _, done, _, _ = state
@@ -71,12 +71,3 @@ def _generate(policy, max_new_tokens, params, tokens, positions, stops):
     start = (jnp.int32(0), *pick(hidden), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), empty, cache)
     _, _, _, lengths, _, out, _ = jax.lax.while_loop(go_on, step, start)
     return *out, lengths
-
-
-def _logits(hidden: Array, head: Head) -> Array:
-    """f32[B, V] of hidden [B, D]."""
-    logits = jnp.einsum("BD,VD->BV", hidden, head.weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if head.bias is not None:
-        logits = logits + head.bias.astype(jnp.float32)[None]
-    logits = logits * head.scale
-    return logits if head.soft_cap is None else head.soft_cap * jnp.tanh(logits / head.soft_cap)

@@ -11,20 +11,19 @@ import pytest
 
 from jaxpost.data.rows import build_batch
 from jaxpost.losses import preference, sft
-from jaxpost.models.config import Layer, ModelConfig
 from jaxpost.models.policy import Policy
-from jaxpost.ops.rope import Rope
 from jaxpost.sharding import batch_sharding, make_mesh, named_shardings
 from jaxpost.train.objectives import preference_objective, sft_objective
 from jaxpost.train.step import _microbatches, make_train_step
 from jaxpost.types import Document, Origin, Rows, TrainState
+from tests.models.tiny import random_params, tiny_config
 
 ROWS, T = 8, 48
 
 
 def document(rng, prompt, lengths, index, reference=False):
     """Random tokens: a pair where `lengths` has two, a linear document with an untrained head where it has one."""
-    draw = lambda n: rng.integers(1, 64, n).astype(np.int32)  # noqa: E731
+    draw = lambda n: rng.integers(1, 48, n).astype(np.int32)  # noqa: E731
     completions = tuple(draw(n) for n in lengths)
     weights = tuple(np.ones(n, np.float32) for n in lengths)
     token = {"reference_logps": tuple(-rng.random(n).astype(np.float32) for n in lengths)} if reference else {}
@@ -33,27 +32,12 @@ def document(rng, prompt, lengths, index, reference=False):
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy(
-        ModelConfig(
-            family="llama",
-            vocab_size=64,
-            embed_dim=32,
-            mlp_dim=48,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            norm_eps=1e-6,
-            tied=False,
-            max_positions=64,
-            pattern=(Layer(rope=Rope(10_000.0)),),
-        )
-    )
+    return Policy(tiny_config(num_layers=2))
 
 
 @pytest.fixture(scope="module")
 def params(policy):
-    return jax.jit(policy.init)(jax.random.key(0))
+    return random_params(policy)
 
 
 @pytest.fixture(scope="module")
