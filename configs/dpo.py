@@ -5,9 +5,12 @@
 Paper: Rafailov et al. 2023, Direct Preference Optimization, equation 7 (https://arxiv.org/abs/2305.18290).
 
 Trains: the embedded SFT model on embedded pairs that prefer short, correct, polite answers to rambling or wrong ones.
-Expected:     the first loss is ln 2 = 0.693147, since policy and reference are still the same weights.
+Expected:     the first loss is ln 2 = 0.693147, since policy and reference are still the same weights. After 80 steps
+              96 % of the held-out pairs are ranked right; greedy answers to held-out questions go from 18 words to 9,
+              from never polite to always, and stay right (96 % before, 98 % after; docs/claims/embedded.md).
+Time:         80 steps take about a minute on 2 CPU cores.
 Command:      python -m jaxpost.main --config=configs/dpo.py
-Stronger:     python -m jaxpost.main --config=configs/dpo.py --config.loss.beta=0.2
+Weaker pull:  python -m jaxpost.main --config=configs/dpo.py --config.loss.beta=0.1    (forgets what it knew: look)
 Own data:     python -m jaxpost.main --config=configs/dpo.py --config.model.path=DIR --config.data.train=PAIRS.jsonl
 Every key, with default, unit and range:  jaxpost train --help
 """
@@ -31,7 +34,7 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "sigmoid"  # a preference loss of jaxpost.losses, or a dotted path pkg.mod:fn
-    config.loss.beta = 0.1  # strength of the pull to the reference, per nat; > 0
+    config.loss.beta = 1.0  # strength of the pull to the reference, per nat; > 0. 1 B and up: 0.05 to 0.5
     config.loss.label_smoothing = 0.0  # probability that a label is flipped; 0 .. 0.5 (conservative DPO)
 
     config.reference = ConfigDict()
@@ -40,7 +43,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | adafactor | lion | muon
-    config.optimizer.learning_rate = 3e-4  # peak; > 0. Small models take more: 5e-7 to 5e-6 suits 1 B and up
+    config.optimizer.learning_rate = 1e-4  # peak; > 0. Small models take more: 5e-7 to 5e-6 suits 1 B and up
     config.optimizer.schedule = "cosine"  # cosine | linear | constant, after the warmup
     config.optimizer.warmup_steps = 10  # steps; 0 <= warmup < run.steps
     config.optimizer.final_fraction = 0.1  # share of the peak at the last step; 0 .. 1
@@ -55,11 +58,11 @@ def get_config() -> ConfigDict:
 
     config.run = ConfigDict()
     config.run.dir = None  # may be gs://; None: a new folder runs/dpo-N
-    config.run.steps = 100  # optimizer steps (or run.epochs, passes over the data)
+    config.run.steps = 80  # optimizer steps (or run.epochs, passes over the data)
     config.run.seed = 0  # 0 .. 2**31 - 1
     config.run.eval_every = 0  # steps; 0 = only at the end
     config.run.eval_prompts = 4  # held-out prompts completed before and after
     config.run.eval_new_tokens = 48  # tokens, at most, of each completion
-    config.run.checkpoint_every = 50  # steps; 0 = only at the end
+    config.run.checkpoint_every = 40  # steps; 0 = only at the end
     config.run.resume = False  # True: go on from the newest checkpoint of run.dir
     return config
