@@ -6,7 +6,9 @@ Paper: Ouyang et al. 2022, Training language models to follow instructions with 
 
 Trains: the embedded base model (1-2 M parameters, pretrained on a small world of facts and sums) on the embedded
 instructions.
-Expected:     asked a question, the base goes on with more questions; afterwards the model answers and stops.
+Expected:     asked a question, the base goes on with more questions; afterwards the model answers and stops: 96 % of the
+              held-out questions right (docs/claims/embedded.md). These weights ship as embedded:sft.
+Time:         300 steps take two to three minutes on 2 CPU cores.
 Command:      python -m jaxpost.main --config=configs/sft.py
 Own data:     python -m jaxpost.main --config=configs/sft.py --config.model.path=DIR --config.data.train=FILE
 Every key, with default, unit and range:  jaxpost train --help
@@ -37,12 +39,13 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3  # peak; > 0. Small models take more: 1e-5 to 2e-5 suits 1 B and up
     config.optimizer.schedule = "cosine"  # cosine | linear | constant, after the warmup
     config.optimizer.warmup_steps = 20  # steps; 0 <= warmup < run.steps
-    config.optimizer.final_fraction = 0.1  # share of the peak at the last step; 0 .. 1
+    config.optimizer.final_fraction = 0.02  # share of the peak at the last step; 0 .. 1
+    config.optimizer.b2 = 0.95  # decay of the second moment, per step; 0 <= b2 < 1
     config.optimizer.weight_decay = 0.0  # decoupled, >= 0
     config.optimizer.clip_norm = 1.0  # global norm of the gradient; None = off
 
     config.batch = ConfigDict()
-    config.batch.rows_per_step = 16  # packed rows of one optimizer step, over all devices
+    config.batch.rows_per_step = 8  # packed rows of one optimizer step, over all devices
     config.batch.tokens_per_row = 256  # tokens; no document spans rows
     config.batch.accumulate = 1  # microbatches of a step; divides rows_per_step
     config.batch.documents_per_row = 32  # most conversations packed into a row
