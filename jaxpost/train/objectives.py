@@ -14,7 +14,8 @@ from jaxpost.ops.logprobs import row_logps
 from jaxpost.types import Batch, Mean, Term
 
 CHOSEN, REJECTED = 0, 1  # branches of a pair, in this order
-CHUNK_TOKENS = 1024  # positions whose logits each shard of the batch holds at once
+CHUNK_TOKENS = {"cpu": 256}  # positions whose logits each shard of the batch holds at once; docs/performance.md
+DEFAULT_CHUNK_TOKENS = 1024
 
 
 def bind_loss(settings, known: dict):
@@ -44,8 +45,8 @@ def _imported(path: str):
 
 
 def logits_chunk(mesh) -> int:
-    """Positions over all rows whose logits are held at once: CHUNK_TOKENS on each shard of the batch."""
-    return CHUNK_TOKENS * mesh.shape["data"] * mesh.shape["fsdp"]
+    """Positions over all rows whose logits are held at once: as many on each shard of the batch as suit the backend."""
+    return CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS) * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def sft_objective(policy, loss, *, chunk: int):
