@@ -6,8 +6,8 @@ Paper: Ouyang et al. 2022, Training language models to follow instructions with 
 
 Trains: the embedded base model (1-2 M parameters, pretrained on a small world of facts and sums) on the embedded
 instructions.
-Expected:     asked a question, the base goes on with more questions; afterwards the model answers and stops: 96 % of the
-              held-out questions right (docs/claims/embedded.md). These weights ship as embedded:sft.
+Expected:     asked a question, the base goes on with more questions; afterwards the model answers and stops: 96 % of
+              the held-out questions right (docs/claims/embedded.md). These weights ship as embedded:sft.
 Time:         300 steps take two to three minutes on 2 CPU cores.
 Command:      python -m jaxpost.main --config=configs/sft.py
 Own data:     python -m jaxpost.main --config=configs/sft.py --config.model.path=DIR --config.data.train=FILE

@@ -1,5 +1,7 @@
 """jaxpost from a notebook: `run(config) -> Run`."""
 
+import os
+
 from jaxpost import config as configs
 from jaxpost.sharding import make_mesh
 from jaxpost.stages import RUN
@@ -31,12 +33,13 @@ def run(config) -> Run:
     return RUN[resolved.stage](resolved)
 
 
-def load(path: str, *, template: str | None = None) -> LoadedModel:
+def load(path, *, template: str | None = None) -> LoadedModel:
     """The newest weights of a run folder, or a model by path (as `model.path`), to talk to and to export.
 
     template: chat template of a model that has none of its own (as `tokenizer.template`).
     """
     use_compilation_cache(None)
+    path = os.fspath(path)
     if is_run(path):
         return load_run(path)
     values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}

@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import logging
 
 from etils import epath
 
 from jaxpost import config as configs
 from jaxpost.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("jaxpost")
 
 # What may differ when a run goes on: how long it lasts and where the folder now lies.
 MAY_GROW = ("run.steps", "run.epochs")
@@ -26,6 +29,8 @@ def choose_folder(config) -> tuple[epath.Path, bool]:
         return next(folder for folder in folders if not folder.exists()), False
     folder = epath.Path(config.run.dir)
     if not is_run(folder):
+        if config.run.resume:
+            log.warning("run.resume: no run in %s yet; starting afresh", folder)
         return folder, False
     if not config.run.resume:
         raise ConfigError(f"run.dir: {folder} already holds a run; set run.resume=True to go on, or another run.dir")

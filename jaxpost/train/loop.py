@@ -73,7 +73,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         write_config(folder, config)
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
-        metrics.cut(start)
+        metrics.cut(start or -1)  # afresh: the evaluation before training is made again
         start_table(config, mesh, model, data, abstract, loader, total, start)
         before = first_evaluation(folder, evaluator, state, metrics, start)
         loop = Loop(config, folder, loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh)

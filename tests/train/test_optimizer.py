@@ -187,7 +187,8 @@ def test_muon_gets_every_matrix_of_the_decoder():
         "attn/k/weight": (6, 2),
         "attn/v/weight": (6, 2),
         "attn/o/weight": (6, 6),
-        "mlp/gate_up/weight": (6, 5),
+        "mlp/gate/weight": (6, 5),
+        "mlp/up/weight": (6, 5),
         "mlp/down/weight": (5, 6),
     }
     assert sides == {f"{part}/{name}": size for part in ("layers", "tail") for name, size in one.items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.loop import Loop
 from tests.worlds import dpo_config, write_model, write_pairs
 
+# Of pairs that policy and reference score alike, rounding decides which counts as right.
+ACCURACIES = [f"{prefix}rewards/accuracies{end}" for prefix in ("", "eval/") for end in ("", "_low", "_high")]
 TIMED = "tokens_per_second"  # the only value of a row that may differ between two runs
 
 
@@ -119,15 +122,16 @@ def test_a_killed_run_resumes_to_the_bit(given, whole, tmp_path):
 
 def test_resume_refuses_another_config_by_key(given, whole, tmp_path):
     config = dpo_config(*given, whole.folder, eval_every=3)
-    before = {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
+    folder = pathlib.Path(whole.folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"run\.dir: .* already holds a run; set run\.resume=True"):
         jaxpost.run(config)
     config["run"]["resume"] = True
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.5, but the run in .* has 0\.001"):
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.5 differs from the 0\.001 of the run in"):
         jaxpost.run(config | {"optimizer": {"learning_rate": 0.5, "warmup_steps": 1}})
     with pytest.raises(ConfigError, match=r"run\.steps: 2 is less than the 6"):
         jaxpost.run(config | {"run": config["run"] | {"steps": 2}})
-    assert before == {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(given, tmp_path, caplog):
@@ -142,7 +146,7 @@ def test_live_reference_equals_cached(given, whole, tmp_path):
     config = dpo_config(*given, tmp_path / "run", eval_every=3) | {"reference": {"mode": "live"}}
     live = jaxpost.run(config)
     for ours, theirs in zip(live.rows, whole.rows, strict=True):
-        for name in theirs.keys() - {TIMED}:
+        for name in theirs.keys() - {TIMED, *ACCURACIES}:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
