@@ -179,9 +179,8 @@ def find(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.is_file():
         return path
-    spec = importlib.util.find_spec("jaxpost.configs")  # absent in a checkout that is not installed
-    packaged = list(spec.submodule_search_locations) if spec else [pathlib.Path(__file__).parents[1] / "configs"]
-    folders = [pathlib.Path("configs"), *map(pathlib.Path, packaged)]
+    package = pathlib.Path(__file__).parent  # a wheel puts configs/ inside it, in a checkout they lie beside it
+    folders = [pathlib.Path("configs"), *(p / "configs" for p in (package, package.parent) if (p / "configs").is_dir())]
     if str(path.parent) in (".", "configs"):
         for folder in folders:
             found = folder / f"{path.name.removesuffix('.py')}.py"
