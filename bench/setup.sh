@@ -14,8 +14,9 @@ make_env() { # NAME: a fresh environment DIR/NAME
 }
 
 make_env trl
-# torch first and from its CPU index: the default wheel brings several GB of CUDA.
-"$envs/trl/bin/pip" install -q torch==2.13.0 --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+# torch first: what the others would resolve to brings several GB of CUDA. Where this version does too, set TORCH_INDEX
+# to the index of CPU builds.
+"$envs/trl/bin/pip" install -q torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 "$envs/trl/bin/pip" install -q 'trl==1.16.*' transformers datasets accelerate peft sentencepiece protobuf
 
 make_env tunix
