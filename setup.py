@@ -1,4 +1,4 @@
-"""Packaging. Tested range: Python 3.11 with jax 0.10.2 (the newest there), Python 3.12 and 3.13 with jax 0.12."""
+"""Packaging. Tested: Python 3.11 with jax 0.10.2 (the newest there) and Python 3.13 with jax 0.12.0."""
 
 import pathlib
 import re
