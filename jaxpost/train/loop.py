@@ -150,10 +150,14 @@ class Loop:
             Progress(total, start) as self.bar,
         ):
             for step in range(start + 1, total + 1):
-                self.profile(step)
+                if run.profile and step == run.profile[0]:
+                    jax.profiler.start_trace(str(self.folder / "profile"))
                 batch = next(batches)
                 tokens = int((batch.rows.segments > 0).sum())
                 state, found = self.step_fn(state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh)))
+                if run.profile and step == sum(run.profile) - 1:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
                 self.evaluation = None
                 if pending:  # written while the device works on the next step
                     self.write(*pending)
@@ -205,16 +209,6 @@ class Loop:
         extra = {"num_tokens": self.tokens, "place": self.loader.place(step - 1)._asdict()}
         loss = self.evaluation.metrics.get("loss") if self.evaluation else None
         self.checkpoints.save(step, state, extra, to_dict(self.config), loss)
-
-    def profile(self, step: int):
-        """Starts and stops the trace of `run.profile` = (first step, steps)."""
-        if self.config.run.profile is None:
-            return
-        first, count = self.config.run.profile
-        if step == first:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        if step == first + count:
-            jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager

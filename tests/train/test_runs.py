@@ -135,11 +135,12 @@ def test_resume_refuses_another_config_by_key(given, whole, tmp_path):
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(given, tmp_path, caplog):
-    config = dpo_config(*given, tmp_path / "run", steps=1, resume=True)
+    config = dpo_config(*given, tmp_path / "run", steps=1, resume=True, profile=(1, 1))
     config["optimizer"]["warmup_steps"] = 0
     with caplog.at_level("WARNING", "jaxpost"):
         run = jaxpost.run(config)
     assert int(run.state.step) == 1 and "starting afresh" in caplog.text
+    assert [path for path in pathlib.Path(run.folder / "profile").rglob("*") if path.is_file()]  # a trace of step 1
 
 
 def test_live_reference_equals_cached(given, whole, tmp_path):
