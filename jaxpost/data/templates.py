@@ -135,6 +135,34 @@ class Template:
         """The ids of the messages, BOS once: what the model sees, as a prompt with `add_generation_prompt`."""
         return tokenizer.with_bos(tokenizer.encode(self._text(messages, tools, add_generation_prompt)[0]))
 
+    def generation_prefix_fault(self, messages, tools=None, trained_from: int = 0) -> str | None:
+        """None where what the model is given in use is the beginning of what it is trained on, else what differs.
+
+        Compared in tokens, at every assistant turn of `messages[trained_from:]`: the messages before it with the
+        generation prompt against all messages. Raises ExampleFault where the messages cannot be rendered.
+        """
+        whole = self.encode(messages, self._tokenizer, tools)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index < max(trained_from, 1):  # nothing asks for a first message
+                continue
+            try:
+                given = self.encode(messages[:index], self._tokenizer, tools, add_generation_prompt=True)
+            except ExampleFault as fault:
+                return f"message {index + 1} cannot be asked for: {fault.detail}"
+            if given != whole[: len(given)]:
+                same = next(
+                    (i for i, pair in enumerate(zip(given, whole, strict=False)) if len({*pair}) > 1), len(whole)
+                )
+                use, training = (
+                    self._tokenizer.decode(ids[max(same - 2, 0) : same + 6], skip_special=False)
+                    for ids in (given, whole)
+                )
+                return (
+                    f"before message {index + 1}, the assistant's, the generation prompt gives {use!r} "
+                    f"where the training text has {training!r}"
+                )
+        return None
+
     def check(self) -> None:
         """Raises DataError where the template does not write what the assistant says; warns where the prompt that it
         gives in use is not the beginning of what is trained."""

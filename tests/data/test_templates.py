@@ -235,6 +235,44 @@ def test_a_generation_prompt_that_the_text_does_not_begin_with_is_told(tokenizer
     assert "odd.jinja: its generation prompt is not the beginning of the text trained on" in caplog.text
 
 
+HEADER = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+SPACED = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}" + HEADER
+
+
+def test_what_the_model_is_given_in_use_begins_the_training_text(tokenizer):
+    """Compared in tokens: ": " + "Yes" is one text, but not the tokens of ": Yes"."""
+    yes = BOT | {"content": "Yes"}
+    assert Template(CHATML, tokenizer).generation_prefix_fault(DIALOGUE) is None
+    assert Template(PLAIN, tokenizer).generation_prefix_fault((USER, yes)) is None
+    assert (
+        Template(SPACED, tokenizer)
+        .render((USER, yes))
+        .text.startswith(Template(SPACED, tokenizer).render((USER,), add_generation_prompt=True).text)
+    )
+    fault = Template(SPACED, tokenizer).generation_prefix_fault((USER, yes))
+    assert fault.startswith("before message 2, the assistant's, the generation prompt gives 't: '"), fault
+    assert fault.endswith("where the training text has 't: Yes'"), fault
+
+
+def test_a_turn_that_is_rewritten_later_has_another_prompt_in_use(tokenizer):
+    """A template that asks for thoughts and forgets those of earlier turns: honest for the last turn alone."""
+    template = Template(
+        THINKING.replace("<user>assistant\n' }}{% endif", "<user>assistant\n<think>' }}{% endif"), tokenizer
+    )
+    thought = [m | {"content": "<think>J</think>" * (m["role"] == "assistant") + m["content"]} for m in DIALOGUE]
+    fault = template.generation_prefix_fault(thought)
+    assert fault.startswith("before message 3,") and "\n" not in fault
+    assert template.generation_prefix_fault(thought, trained_from=4) is None
+    assert template.generation_prefix_fault(thought[:3]) is None
+
+
+def test_a_prompt_that_is_refused_cannot_be_asked_for(tokenizer):
+    refusing = "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    fault = Template(refusing, tokenizer).generation_prefix_fault((USER, BOT))
+    assert fault == "message 2 cannot be asked for: chat template: no"
+    assert Template(refusing, tokenizer).generation_prefix_fault((BOT,)) is None  # it begins: nothing asks for it
+
+
 def test_jinja_is_set_up_as_in_transformers(tokenizer):
     def render(source):
         return Template(source, tokenizer).render((USER, BOT)).text
