@@ -123,6 +123,7 @@ class Document:
     origin: Origin
     token: dict[str, tuple[Array, ...]] = dataclasses.field(default_factory=dict)  # f32[C_n] per completion
     completion: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # one per completion
+    transform: str = ""  # what became of the record: its format, and whether it is whole, cut or a piece
 
     @property
     def linear(self) -> bool:

@@ -66,6 +66,9 @@ def encode(
             parts = [(NO_PROMPT, [_shortened(sequences[0], tokenizer.bos_id, max_tokens, on_long)])]
     except ExampleFault as fault:
         raise ExampleFault(fault.reason, fault.detail, example.origin) from None
+    excess = max(len(sequence.ids) for sequence in sequences) - max_tokens
+    truncated = excess > 0 and example.prompt is not None
+    change = f"prompt cut by {excess} tokens" if truncated else "whole"
     documents = [
         Document(
             prompt=prompt,
@@ -73,11 +76,11 @@ def encode(
             weights=tuple(part.trained.astype(np.float32) for part in completions),
             example_id=example_id,
             origin=example.origin,
+            transform=f"{example.format}, " + (f"piece {n} of {len(parts)}" if len(parts) > 1 else change),
         )
-        for prompt, completions in parts
+        for n, (prompt, completions) in enumerate(parts, start=1)
     ]
-    whole = max(len(sequence.ids) for sequence in sequences)
-    return Encoded(documents, truncated=whole > max_tokens and example.prompt is not None)
+    return Encoded(documents, truncated)
 
 
 def _sequence(example: Example, completion, template: Template, tokenizer: Tokenizer) -> Sequence:

@@ -107,6 +107,10 @@ class Template:
             raise DataError(f"{name}: line {error.lineno}: {error.message}") from None
         self.fingerprint = hashlib.sha256(json.dumps([source, self._special], sort_keys=True).encode()).hexdigest()
 
+    def __reduce__(self):
+        """Compiled jinja cannot be pickled: a copy is compiled anew from the source, and needs no `check`."""
+        return Template, (self.source, self._tokenizer, self.name), {"_content_as_blocks": self._content_as_blocks}
+
     def files(self) -> dict[str, bytes]:
         """What an export holds beside the tokenizer, so that the model is used as it was trained."""
         return {"chat_template.jinja": self.source.encode()}

@@ -112,6 +112,10 @@ class Tokenizer(abc.ABC):
         decisive = [self.bos_id, self.eos_id, self.adds_bos, settings.config.get("legacy"), sorted(self._special_ids())]
         self.fingerprint = hashlib.sha256(content + json.dumps(decisive).encode()).hexdigest()
 
+    def __reduce__(self):
+        """Pickled as what it was read from."""
+        return type(self), (self._content, self._settings)
+
     def _special_id(self, name: str) -> int | None:
         """The id of a special token; falls back to what the model file and the model's own config say."""
         if name in self._settings.none:

@@ -195,6 +195,7 @@ def test_truncation_cuts_the_prompt_from_the_left_and_no_completion(tokenizer, r
         (cut,) = encoded.documents
         assert encoded.truncated == (max_tokens < longest)
         lost = max(longest - max_tokens, 0)
+        assert cut.transform.endswith(f", prompt cut by {lost} tokens" if lost else ", whole")
         for n in range(len(whole.completions)):
             before = [*whole.prompt, *whole.completions[n]]
             after = [*cut.prompt, *cut.completions[n]]
@@ -231,6 +232,9 @@ def test_raw_text_is_cut_into_pieces_that_train_every_token_once(tokenizer, max_
     assert all(d.weights[0][1:].all() for d in encoded.documents)
     targets = [t for d in encoded.documents for t in d.completions[0][1:].tolist()]
     assert targets == whole[1:]
+    count = len(encoded.documents)
+    pieces = [f"text, piece {n} of {count}" for n in range(1, count + 1)]
+    assert [d.transform for d in encoded.documents] == (pieces if count > 1 else ["text, whole"])
     before = [t for d in encoded.documents for t in d.completions[0][:-1].tolist()]
     assert before == whole[:-1]  # and each is predicted from the one before it
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 
 import pytest
@@ -338,3 +339,19 @@ def test_missing_templates_and_a_block_that_cannot_be_traced(tokenizer, tmp_path
     macro = "{% macro say(m) %}[" + block + "]{% endmacro %}{{ 'a' }}{{ say(messages[1]) }}"
     with pytest.raises(DataError, match="cannot be traced"):
         Template(macro, tokenizer).render((USER, BOT))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_template_and_tokenizer_survive_pickling(write_tokenizer, json_bytes, tmp_path, name):
+    """Tokenising processes get them so; what the checks of the template found out must come along."""
+    if name == "tokenizer.json":
+        (tmp_path / name).write_bytes(json_bytes)
+    tokenizer = load_tokenizer(tmp_path if name == "tokenizer.json" else write_tokenizer())
+    blocks = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}\n{% endfor %}"
+    for source in (PLAIN, blocks):
+        template = Template(source, tokenizer)
+        template.check()
+        copy, tokens = pickle.loads(pickle.dumps((template, tokenizer)))
+        assert copy.render(DIALOGUE) == template.render(DIALOGUE)
+        assert (copy.fingerprint, tokens.fingerprint) == (template.fingerprint, tokenizer.fingerprint)
+        assert tokens.encode_with_offsets("Who wrote Emma?") == tokenizer.encode_with_offsets("Who wrote Emma?")
