@@ -55,7 +55,8 @@ def load_dataset(
     Args:
       paths: a path, a list of paths, or a list of (path, weight). A weight of 2 takes every example twice, 0.5 every
         second one, 1.5 every example and every second one again: by index, so without any draw.
-      kind: "sft" (conversations, prompts with completions, raw text) or "preference" (pairs).
+      kind: "sft" (conversations, prompts with completions, raw text), "preference" (pairs), "ranking" (also pairs),
+        "unpaired" (single completions with a label) or "prompt" (questions alone).
       max_tokens: longest prompt and completion together, in tokens.
       on_bad: a faulty example is dropped and counted ("drop") or ends the reading ("error").
       on_long: what becomes of an example beyond max_tokens: "drop" or "truncate" (see `encode`).
@@ -128,7 +129,7 @@ def _examples(source: Source, format: str, kind: str, report: "Report", on_bad: 
         elif this != found:
             raise DataError(f"{origin}: the record has the keys of format {this}, but the file began with {found}")
         try:
-            example = parse(record, origin, found)
+            example = parse(record, origin, found, kind)
         except ExampleFault as fault:
             report.read += 1
             report.drop(fault, on_bad)
@@ -137,8 +138,8 @@ def _examples(source: Source, format: str, kind: str, report: "Report", on_bad: 
 
 
 def _check_kind(source: Source, format: str, kind: str) -> None:
-    if format in FORMATS and FORMATS[format].kind != kind:
-        fitting = ", ".join(f.name for f in FORMATS.values() if f.kind == kind)
+    if format in FORMATS and not FORMATS[format].fits(kind):
+        fitting = ", ".join(f.name for f in FORMATS.values() if f.fits(kind))
         raise DataError(
             f"{source.path}: found the format {format}, which holds {FORMATS[format].kind} data; "
             f"{kind} training takes {fitting}"
@@ -155,11 +156,12 @@ def _check_row(documents: list[Document], row_tokens: int | None) -> None:
 class Documents(Sequence):
     """Documents in a few flat arrays (8 bytes a token), each built when asked for; its arrays are views."""
 
-    def __init__(self, names, tokens, weights, part_starts, first_parts, example_ids, sources, lines, order):
+    def __init__(self, names, tokens, weights, part_starts, first_parts, example_ids, sources, lines, order, values):
         self._names, self._tokens, self._weights = names, tokens, weights
         self._part_starts = part_starts  # of prompts and completions, one after another; one more than there are
         self._first_parts = first_parts  # part that is each document's prompt; one more than there are
         self._example_ids, self._sources, self._lines = example_ids, sources, lines
+        self._values = values  # {name: one for each part}, 0 at prompts
         self._order = order  # document at each index: a weight above 1 repeats some
 
     def __len__(self) -> int:
@@ -175,6 +177,10 @@ class Documents(Sequence):
             weights=tuple(self._weights[part] for part in parts[1:]),
             example_id=int(self._example_ids[d]),
             origin=Origin(self._names[self._sources[d]], int(self._lines[d])),
+            completion={
+                name: tuple(values[self._first_parts[d] + 1 : self._first_parts[d + 1]].tolist())
+                for name, values in self._values.items()
+            },
         )
 
     @property
@@ -187,10 +193,10 @@ class Documents(Sequence):
         return np.where(linear, sizes, sizes - 1 + completions)[self._order]
 
     def fingerprint(self) -> str:
-        """sha256 of all documents in order: tokens, weights, boundaries and example ids."""
+        """sha256 of all documents in order: tokens, weights, boundaries, example ids and values of completions."""
         digest = hashlib.sha256()
         arrays = (self._tokens, self._weights, self._part_starts, self._first_parts, self._example_ids, self._order)
-        for array in arrays:
+        for array in (*arrays, *self._values.values()):
             digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -211,6 +217,7 @@ class _Builder:
         self.names, self.order = names, []
         self._tokens, self._weights, self._part_sizes = [], [], []
         self._first_parts, self._example_ids, self._sources, self._lines = [0], [], [], []
+        self._values = {}
 
     def add(self, documents: list[Document], source: int, copies: int) -> None:
         for document in documents if copies else ():
@@ -219,6 +226,8 @@ class _Builder:
             self._tokens += parts
             self._weights += (np.zeros(len(document.prompt), np.float32), *document.weights)
             self._part_sizes += map(len, parts)
+            for name, values in document.completion.items():
+                self._values.setdefault(name, []).extend((0.0, *values))
             self._first_parts.append(self._first_parts[-1] + len(parts))
             self._example_ids.append(document.example_id)
             self._sources.append(source)
@@ -235,6 +244,7 @@ class _Builder:
             np.array(self._sources),
             np.array(self._lines),
             np.array(self.order),
+            {name: np.array(values, np.float32) for name, values in self._values.items()},
         )
 
 

@@ -12,6 +12,7 @@ untrained, so that every token is trained once.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from jaxpost.data.templates import Rendered, Template
 from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.types import Document
 
+BRANCHING = ("preference", "ranking", "unpaired")  # kinds whose completions branch off a shared prompt
 NO_PROMPT = np.zeros(0, np.int32)  # of a linear document
 
 
@@ -52,14 +54,19 @@ def encode(
     """The documents of an example: one, or the pieces of a long raw text.
 
     max_tokens: of prompt and one completion together. on_long: "truncate" or "drop" (see module).
-    Raises ExampleFault: too_long, empty_mask, no_prompt, chosen_equals_rejected, and what the template refuses.
+    Raises ExampleFault: too_long, empty_mask, no_prompt, chosen_equals_rejected, equal_completions, and what the
+    template refuses.
     """
     try:
         sequences = [_sequence(example, completion, template, tokenizer) for completion in example.completions]
         if not all(sequence.trained.any() for sequence in sequences):
             raise ExampleFault("empty_mask", "no token of it would be trained")
-        if example.kind == "preference":
-            parts = [_pair(sequences, tokenizer.bos_id, max_tokens, on_long)]
+        if example.kind == "prompt":
+            sequences = [_question(example, template, tokenizer)]
+            parts = [(_cut(sequences[0].ids, len(sequences[0].ids) - max_tokens, tokenizer.bos_id, on_long), [])]
+        elif example.kind in BRANCHING:
+            _check_distinct(sequences, example.kind)
+            parts = [_branches(sequences, tokenizer.bos_id, max_tokens, on_long)]
         elif example.kind == "text" and example.prompt is None:
             parts = [(NO_PROMPT, [piece]) for piece in _pieces(sequences[0], max_tokens)]
         else:
@@ -77,6 +84,7 @@ def encode(
             example_id=example_id,
             origin=example.origin,
             transform=f"{example.format}, " + (f"piece {n} of {len(parts)}" if len(parts) > 1 else change),
+            completion=example.values,
         )
         for n, (prompt, completions) in enumerate(parts, start=1)
     ]
@@ -92,6 +100,16 @@ def _sequence(example: Example, completion, template: Template, tokenizer: Token
         return _tokenize(Rendered(text, ((len(prompt), len(text)),)), tokenizer)
     seen = example.prompt.messages
     return _tokenize(template.render((*seen, *completion), example.prompt.tools, trained_from=len(seen)), tokenizer)
+
+
+def _question(example: Example, template: Template, tokenizer: Tokenizer) -> Sequence:
+    """The prompt alone, as the model is asked it."""
+    if isinstance(example.prompt, str):
+        ids = tokenizer.with_bos(tokenizer.encode(example.prompt))
+    else:
+        messages, tools = example.prompt.messages, example.prompt.tools
+        ids = template.encode(messages, tokenizer, tools, add_generation_prompt=True)
+    return Sequence(np.array(ids, np.int32), np.zeros(len(ids), bool))
 
 
 def _tokenize(rendered: Rendered, tokenizer: Tokenizer) -> Sequence:
@@ -122,22 +140,30 @@ def _shortened(sequence: Sequence, bos: int | None, max_tokens: int, on_long: st
     return Sequence(np.concatenate([kept, rest.ids]), np.concatenate([np.zeros(len(kept), bool), rest.trained]))
 
 
-def _pair(pair: list[Sequence], bos: int | None, max_tokens: int, on_long: str) -> tuple[np.ndarray, list[Sequence]]:
-    """The shared prompt and the two completions.
+def _check_distinct(sequences: list[Sequence], kind: str) -> None:
+    if any(np.array_equal(a.ids, b.ids) for a, b in itertools.combinations(sequences, 2)):
+        if kind == "preference":
+            raise ExampleFault("chosen_equals_rejected", "chosen and rejected have the same tokens")
+        raise ExampleFault("equal_completions", "two of the completions have the same tokens")
 
-    The prompt is the common beginning of the two whole tokenisations, no further than the last token before the first
+
+def _branches(
+    sequences: list[Sequence], bos: int | None, max_tokens: int, on_long: str
+) -> tuple[np.ndarray, list[Sequence]]:
+    """The shared prompt and the completions.
+
+    The prompt is the common beginning of the whole tokenisations, no further than the last token before the first
     trained one: where an answer's first letters change how the prompt's end is tokenised, that end is not shared.
     """
-    chosen, rejected = pair
-    if np.array_equal(chosen.ids, rejected.ids):
-        raise ExampleFault("chosen_equals_rejected", "chosen and rejected have the same tokens")
-    shorter = min(len(chosen.ids), len(rejected.ids))
-    differing = np.flatnonzero(chosen.ids[:shorter] != rejected.ids[:shorter])
-    shared = min(differing[0] if len(differing) else shorter, chosen.first_trained, rejected.first_trained)
+    first = sequences[0].ids
+    shared = min(sequence.first_trained for sequence in sequences)
+    for other in sequences[1:]:
+        differing = np.flatnonzero(first[:shared] != other.ids[:shared])  # all are at least `shared` long
+        shared = differing[0] if len(differing) else shared
     if shared == 0:
-        raise ExampleFault("no_prompt", "chosen and rejected have no token in common to begin with")
-    excess = max(len(chosen.ids), len(rejected.ids)) - max_tokens
-    return _cut(chosen.ids[:shared], excess, bos, on_long), [chosen[shared:], rejected[shared:]]
+        raise ExampleFault("no_prompt", "the completions have no token in common to begin with")
+    excess = max(len(sequence.ids) for sequence in sequences) - max_tokens
+    return _cut(first[:shared], excess, bos, on_long), [sequence[shared:] for sequence in sequences]
 
 
 def _cut(prompt: np.ndarray, excess: int, bos: int | None, on_long: str) -> np.ndarray:

@@ -1,38 +1,31 @@
 """Formats: from a record of a file to an `Example`. A format is one registered function.
 
 Which format a file has is read off the keys of its records (`detect`). Only keys that mean something to some format
-(`KEYS`) count; a record that fits none or several is an error that lists the formats, never a guess. A fault of one
-example is an `ExampleFault`, whose `reason` is a slug for counting.
+(`KEYS`) count; a record that fits none or several is an error that lists the formats, never a guess.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import re
 from collections.abc import Callable
 
+from etils import epath
+
+from jaxpost.data.messages import (
+    ExampleFault,
+    as_messages,
+    as_text,
+    as_tools,
+    check_conversation,
+    check_system,
+    from_sharegpt,
+)
 from jaxpost.errors import DataError
 from jaxpost.types import Conversation, Origin
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
-
 Completed = str | tuple[dict, ...]  # raw text, or the messages that complete a conversation
-
-
-class ExampleFault(DataError):
-    """A fault of one example, as against one of its file: it may be dropped and counted under `reason`."""
-
-    def __init__(self, reason: str, detail: str, origin: Origin | None = None):
-        self.reason, self.detail, self.origin = reason, detail, origin
-        super().__init__(f"{origin}: {detail} ({reason})" if origin else f"{detail} ({reason})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +35,12 @@ class Example:
     kind "text": `prompt` is None or raw text that is not trained, `completions` one raw text.
     kind "chat": `prompt` holds the messages that are only seen (often none) and the tools, `completions` one tuple of
       messages, whose assistant turns are trained.
-    kind "preference": `completions` are chosen and rejected, in the form that `prompt` has (text or messages).
+    The others have `prompt` as raw text or as a Conversation, and their completions in the same form:
+    kind "preference": `completions` are chosen and rejected.
+    kind "ranking": `completions` are two or more, best first, and `values["score"]` says how good each is. Some of the
+      scores may be equal, never all.
+    kind "unpaired": one completion, and `values["label"]` is 1 where it is good, 0 where it is bad.
+    kind "prompt": no completion: a question to be answered by the model.
     """
 
     kind: str
@@ -50,30 +48,38 @@ class Example:
     completions: tuple[Completed, ...]
     origin: Origin
     format: str
+    values: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # one per completion
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """`required` and `optional` keys; `kind` is what it trains: "sft" or "preference"."""
+    """`required` and `optional` keys; `kind` is what it trains: "sft", "preference", "ranking", "unpaired", "prompt".
+
+    beside: the file, relative to this one's folder, whose record with the same `id` adds its keys; "{name}" is the name
+    of this one.
+    """
 
     name: str
     kind: str
     required: frozenset[str]
     optional: frozenset[str]
     parse: Callable[[dict], tuple]
+    beside: str | None = None
+
+    def fits(self, kind: str) -> bool:
+        """Whether it can be read as this kind: a pair is a ranking of two as well."""
+        return kind == self.kind or (self.kind, kind) == ("preference", "ranking")
 
 
 FORMATS: dict[str, Format] = {}
-# Keys of known kinds of data that no format here reads: they keep such files from passing for something else
-# (a file of unpaired feedback has messages too, and half of them are bad answers).
-KEYS = {"label", "completions", "scores"}
+KEYS: set[str] = set()  # what any format reads
 
 
-def register(name: str, kind: str, required: str, optional: str = ""):
-    """Registers `parse(record) -> (kind, prompt, completions)` under a name, with the keys it reads."""
+def register(name: str, kind: str, required: str, optional: str = "", beside: str | None = None):
+    """Registers `parse(record) -> (kind, prompt, completions[, values])` under a name, with the keys it reads."""
 
     def add(parse):
-        FORMATS[name] = Format(name, kind, frozenset(required.split()), frozenset(optional.split()), parse)
+        FORMATS[name] = Format(name, kind, frozenset(required.split()), frozenset(optional.split()), parse, beside)
         KEYS.update(required.split(), optional.split())
         return parse
 
@@ -93,8 +99,11 @@ def detect(record: dict, origin: Origin) -> str:
     )
 
 
-def parse(record: dict, origin: Origin, format: str = "auto") -> Example:
-    """A record as Example. Raises DataError (unknown format, missing key) and ExampleFault (see module)."""
+def parse(record: dict, origin: Origin, format: str = "auto", kind: str | None = None) -> Example:
+    """A record as Example; with kind="ranking" a pair becomes a ranking of two.
+
+    Raises DataError (unknown format, missing key) and ExampleFault (a fault of this example alone).
+    """
     name = detect(record, origin) if format == "auto" else format
     if name not in FORMATS:
         raise DataError(f"data.format: no format is called {name!r}; known are {', '.join(FORMATS)}")
@@ -104,14 +113,15 @@ def parse(record: dict, origin: Origin, format: str = "auto") -> Example:
             f"{origin}: format {name} needs the key {', '.join(sorted(missing))}, found {', '.join(sorted(record))}"
         )
     try:
-        kind, prompt, completions = FORMATS[name].parse(record)
-        _check(kind, prompt, completions)
+        if FORMATS[name].beside:
+            record = _joined(record, origin, FORMATS[name].beside)
+        found, prompt, completions, *values = FORMATS[name].parse(record)
+        _check(found, prompt, completions)
     except ExampleFault as fault:
         raise ExampleFault(fault.reason, fault.detail, origin) from None
-    return Example(kind, prompt, completions, origin, name)
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
+    if (found, kind) == ("preference", "ranking"):
+        found, values = "ranking", [{"score": (1.0, 0.0)}]
+    return Example(found, prompt, completions, origin, name, *values)
 
 
 def _check(kind: str, prompt, completions: tuple[Completed, ...]) -> None:
@@ -120,68 +130,34 @@ def _check(kind: str, prompt, completions: tuple[Completed, ...]) -> None:
             if not completion.strip():
                 raise ExampleFault("empty_completion", "a completion is empty")
         else:
-            _check_conversation((*prompt.messages, *completion), completion)
+            check_conversation((*prompt.messages, *completion), completion)
+    if kind == "prompt" and not isinstance(prompt, str):
+        check_system(prompt.messages)
+        if prompt.messages[-1]["role"] == "assistant":
+            raise ExampleFault("answered", "the last message of a prompt is the assistant's")
     if kind == "preference" and completions[0] == completions[1]:
         raise ExampleFault("chosen_equals_rejected", "chosen and rejected are the same")
+    if any(one == other for i, one in enumerate(completions) for other in completions[:i]):
+        raise ExampleFault("equal_completions", "two of the completions are the same")
 
 
-def _check_conversation(messages: tuple[dict, ...], completion: tuple[dict, ...]) -> None:
-    systems = [i for i, message in enumerate(messages) if message["role"] in ("system", "developer")]
-    if len(systems) > 1:
-        raise ExampleFault("two_system_messages", f"{len(systems)} system messages; at most one, at the start")
-    if systems and systems[0] > 0:
-        raise ExampleFault("system_not_first", f"the system message is message {systems[0] + 1}, not the first")
-    turns = [message for message in completion if message["role"] == "assistant"]
-    if not turns:
-        raise ExampleFault("no_assistant_turn", "no assistant turn to train on")
-    if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in turns):
-        raise ExampleFault("empty_completion", "an assistant turn is empty")
+def _joined(record: dict, origin: Origin, beside: str) -> dict:
+    """The record with the keys of the one in the file beside that has the same id."""
+    path = epath.Path(origin.path)
+    other = str(path.parent / beside.format(name=path.name))
+    if record.get("id") not in (found := _by_id(other)):
+        raise ExampleFault("not_beside", f"{other} has no record with the id {record.get('id')!r}")
+    return found[record["id"]] | record
 
 
-def _text(value, key: str) -> str:
-    if not isinstance(value, str):
-        raise ExampleFault("not_text", f"{key} must be text, found {type(value).__name__}")
-    return value
-
-
-def _content(value) -> str:
-    """Content as text; a list of text blocks is joined, None (beside tool calls) is empty."""
-    if isinstance(value, list) and all(isinstance(block, dict) and block.get("type") == "text" for block in value):
-        return "".join(_text(block.get("text"), "a text block") for block in value)
-    return "" if value is None else _text(value, "content")
-
-
-def _message(message) -> dict:
-    if not isinstance(message, dict) or "role" not in message:
-        raise ExampleFault("not_a_message", "a message must be an object with role and content")
-    if message["role"] not in ROLES:
-        raise ExampleFault("unknown_role", f"unknown role {message['role']!r}; known are {', '.join(ROLES)}")
-    return {**message, "content": _content(message.get("content"))}
-
-
-def _messages(value, key: str) -> tuple[dict, ...]:
-    if not isinstance(value, list) or not value:
-        raise ExampleFault("no_messages", f"{key} must be a list of at least one message")
-    return tuple(_message(message) for message in value)
-
-
-def _tools(record: dict) -> tuple[dict, ...] | None:
-    """The tools offered, as OpenAI function objects; ShareGPT files hold them as a JSON string."""
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools, "tools") if tools.strip() else None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ExampleFault("bad_tools", "tools must be a list of objects")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _json(text: str, key: str):
+@functools.lru_cache(maxsize=4)
+def _by_id(path: str) -> dict:
+    if not epath.Path(path).exists():
+        raise DataError(f"{path}: no such file; the records of this format belong to those of that file, by their id")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ExampleFault("bad_json", f"{key} is not JSON ({error.msg})") from None
+        return {record["id"]: record for record in map(json.loads, epath.Path(path).read_text().splitlines())}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: must hold one JSON object with an id on each line") from None
 
 
 # --- formats for supervised training ----------------------------------------------------------------------------------
@@ -190,31 +166,30 @@ def _json(text: str, key: str):
 @register("messages", "sft", "messages", "tools")
 def messages_format(record: dict):
     """messages: [{role, content}, ...], every assistant turn trained"""
-    return "chat", Conversation((), _tools(record)), (_messages(record["messages"], "messages"),)
+    return "chat", Conversation((), as_tools(record.get("tools"))), (as_messages(record["messages"], "messages"),)
 
 
 @register("sharegpt", "sft", "conversations", "tools system")
 def sharegpt(record: dict):
     """conversations: [{from: human|gpt|system|function_call|observation, value}, ...]"""
-    return "chat", Conversation((), _tools(record)), (_sharegpt_messages(record),)
+    return "chat", Conversation((), as_tools(record.get("tools"))), (_sharegpt(record),)
 
 
 @register("alpaca", "sft", "instruction output", "input system history text")
 def alpaca(record: dict):
     """instruction, input (may be empty), output; optional system and history of [user, assistant] pairs"""
-    question = _text(record["instruction"], "instruction")
-    extra = _text(record.get("input") or "", "input")
-    turns = [{"role": "system", "content": _text(record["system"], "system")}] if record.get("system") else []
+    question = as_text(record["instruction"], "instruction")
+    extra = as_text(record.get("input") or "", "input")
+    turns = [{"role": "system", "content": as_text(record["system"], "system")}] if record.get("system") else []
     for pair in record.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ExampleFault("not_a_message", "history must be a list of [user, assistant] pairs")
         turns += [
-            {"role": role, "content": _text(text, "history")}
+            {"role": role, "content": as_text(text, "history")}
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
     turns.append({"role": "user", "content": f"{question}\n{extra}" if extra else question})
-    answer = {"role": "assistant", "content": _text(record["output"], "output")}
-    return "chat", Conversation(tuple(turns)), ((answer,),)
+    return "chat", Conversation(tuple(turns)), (_answer(record["output"], "output"),)
 
 
 @register("prompt_completion", "sft", "prompt completion", "tools")
@@ -222,15 +197,33 @@ def prompt_completion(record: dict):
     """prompt and completion: both raw text (no template), or both lists of messages"""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str):
-        return "text", prompt, (_text(completion, "completion"),)
-    conversation = Conversation(_messages(prompt, "prompt"), _tools(record))
-    return "chat", conversation, (_messages(completion, "completion"),)
+        return "text", prompt, (as_text(completion, "completion"),)
+    conversation = Conversation(as_messages(prompt, "prompt"), as_tools(record.get("tools")))
+    return "chat", conversation, (as_messages(completion, "completion"),)
 
 
 @register("text", "sft", "text")
 def text_format(record: dict):
     """text: raw text, every token trained"""
-    return "text", None, (_text(record["text"], "text"),)
+    return "text", None, (as_text(record["text"], "text"),)
+
+
+@register("question_answer", "sft", "question answer")
+def question_answer(record: dict):
+    """question and answer, as in gsm8k"""
+    prompt = Conversation(({"role": "user", "content": as_text(record["question"], "question")},))
+    return "chat", prompt, (_answer(record["answer"], "answer"),)
+
+
+@register("bfcl_answer", "sft", "ground_truth", beside="../{name}")
+def bfcl_answer(record: dict):
+    """BFCL's possible_answer/NAME: the first accepted call for the question of that id in ../NAME"""
+    _, prompt, _ = bfcl(record)
+    truth = record["ground_truth"]
+    if not isinstance(truth, list) or not all(isinstance(call, dict) for call in truth):
+        raise ExampleFault("bad_tool_call", "ground_truth must be a list of objects")
+    calls = [{"name": name, "arguments": _accepted(arguments)} for call in truth for name, arguments in call.items()]
+    return "chat", prompt, (as_messages([{"role": "assistant", "tool_calls": calls}], "ground_truth"),)
 
 
 # --- formats of preference pairs --------------------------------------------------------------------------------------
@@ -241,13 +234,17 @@ def preference(record: dict):
     """prompt, chosen, rejected: all raw text (no template), or lists of messages"""
     prompt, chosen, rejected = (record[key] for key in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+        chosen, rejected = as_messages(chosen, "chosen"), as_messages(rejected, "rejected")
         if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):  # whole dialogues beside a copy of their first question
-            return _split_dialogues(chosen, rejected, _tools(record))
-        return "preference", Conversation(_messages(prompt, "prompt"), _tools(record)), (chosen, rejected)
-    return "preference", _text(prompt, "prompt"), (_text(chosen, "chosen"), _text(rejected, "rejected"))
+            return _split_dialogues(chosen, rejected, as_tools(record.get("tools")))
+        return (
+            "preference",
+            Conversation(as_messages(prompt, "prompt"), as_tools(record.get("tools"))),
+            (chosen, rejected),
+        )
+    return "preference", as_text(prompt, "prompt"), (as_text(chosen, "chosen"), as_text(rejected, "rejected"))
 
 
 @register("dialogue_pair", "preference", "chosen rejected", "tools")
@@ -260,41 +257,101 @@ def dialogue_pair(record: dict):
         if pair[0][:-1] != pair[1][:-1]:
             raise ExampleFault("prompts_differ", "chosen and rejected differ before their last turn")
     else:
-        pair = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
-    return _split_dialogues(*pair, _tools(record))
+        pair = [as_messages(chosen, "chosen"), as_messages(rejected, "rejected")]
+    return _split_dialogues(*pair, as_tools(record.get("tools")))
 
 
 @register("sharegpt_preference", "preference", "conversations chosen rejected", "tools system")
 def sharegpt_preference(record: dict):
-    """conversations: [{from, value}, ...]; chosen and rejected: one such turn each"""
-    prompt = Conversation(_sharegpt_messages(record), _tools(record))
-    return "preference", prompt, ((_sharegpt_turn(record["chosen"]),), (_sharegpt_turn(record["rejected"]),))
+    """conversations: [{from, value}, ...]; chosen and rejected: one such turn each, or a list of them"""
+    prompt = Conversation(_sharegpt(record), as_tools(record.get("tools")))
+    return (
+        "preference",
+        prompt,
+        (from_sharegpt(record["chosen"], "chosen"), from_sharegpt(record["rejected"], "rejected")),
+    )
+
+
+# --- rankings, feedback on single answers, prompts ------------------------------------------------------------------
+
+
+@register("ranking", "ranking", "prompt completions", "scores tools")
+def ranking(record: dict):
+    """prompt and completions (all raw text, or messages), best first; or in any order with scores, one each"""
+    prompt, completions = record["prompt"], record["completions"]
+    if not isinstance(completions, list):
+        raise ExampleFault("not_a_list", "completions must be a list")
+    if isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions):
+        return _ranked(prompt, completions, record.get("scores"))
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = Conversation(as_messages(prompt, "prompt"), as_tools(record.get("tools")))
+    return _ranked(prompt, [as_messages(completion, "completions") for completion in completions], record.get("scores"))
+
+
+GSM8K_MODELS = "6b_finetuning 6b_verification 175b_finetuning 175b_verification"
+
+
+@register("gsm8k_solutions", "ranking", f"question ground_truth {GSM8K_MODELS}")
+def gsm8k_solutions(record: dict):
+    """gsm8k's example_model_solutions: four models' solutions of each question, the correct ones first"""
+    prompt = Conversation(({"role": "user", "content": as_text(record["question"], "question")},))
+    solutions = [record[model] for model in GSM8K_MODELS.split()]
+    if not all(isinstance(solution, dict) and {"solution", "is_correct"} <= solution.keys() for solution in solutions):
+        raise ExampleFault("bad_solution", "each model's entry must be an object with solution and is_correct")
+    completions = [_answer(solution["solution"], "solution") for solution in solutions]
+    return _ranked(prompt, completions, [float(solution["is_correct"]) for solution in solutions])
+
+
+@register("unpaired", "unpaired", "prompt completion label", "tools")
+def unpaired(record: dict):
+    """prompt and completion (both raw text, or messages), and label: true where the completion is good"""
+    _, prompt, completions = prompt_completion(record)
+    return "unpaired", prompt, completions, _label(record)
+
+
+@register("unpaired_messages", "unpaired", "messages label", "tools")
+def unpaired_messages(record: dict):
+    """messages, and label: true where the last of them, the assistant's, is good"""
+    *seen, judged = as_messages(record["messages"], "messages")
+    return "unpaired", Conversation(tuple(seen), as_tools(record.get("tools"))), ((judged,),), _label(record)
+
+
+@register("unpaired_sharegpt", "unpaired", "conversations label", "tools system")
+def unpaired_sharegpt(record: dict):
+    """conversations: [{from, value}, ...], and label: true where the last turn is good"""
+    *seen, judged = _sharegpt(record)
+    return "unpaired", Conversation(tuple(seen), as_tools(record.get("tools"))), ((judged,),), _label(record)
+
+
+@register("prompt", "prompt", "prompt", "tools")
+def prompt_format(record: dict):
+    """prompt: a question as raw text, or messages"""
+    if isinstance(record["prompt"], str):
+        return "prompt", as_text(record["prompt"], "prompt"), ()
+    return "prompt", Conversation(as_messages(record["prompt"], "prompt"), as_tools(record.get("tools"))), ()
+
+
+@register("bfcl", "prompt", "question function")
+def bfcl(record: dict):
+    """BFCL's questions: question (a list of one list of messages) and function (the tools offered)"""
+    if not isinstance(record["question"], list) or len(record["question"]) != 1:
+        raise ExampleFault("several_turns", "question must be a list of one list of messages")
+    return (
+        "prompt",
+        Conversation(as_messages(record["question"][0], "question"), as_tools(_json_schema(record["function"]))),
+        (),
+    )
 
 
 # --- shared by formats ------------------------------------------------------------------------------------------------
 
 
-def _sharegpt_messages(record: dict) -> tuple[dict, ...]:
-    turns = record["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise ExampleFault("no_messages", "conversations must be a list of at least one turn")
+def _sharegpt(record: dict) -> tuple[dict, ...]:
+    """The turns of `conversations`, after the system message that may stand in a key of its own."""
     system = record.get("system")
-    first = ({"role": "system", "content": _text(system, "system")},) if system else ()
-    return first + tuple(_sharegpt_turn(turn) for turn in turns)
-
-
-def _sharegpt_turn(turn) -> dict:
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise ExampleFault("not_a_message", "a turn must be an object with from and value")
-    value = _text(turn["value"], "value")
-    if turn["from"] == "function_call":
-        call = _json(value, "function_call")
-        calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    if turn["from"] not in SHAREGPT_ROLES:
-        known = ", ".join((*SHAREGPT_ROLES, "function_call"))
-        raise ExampleFault("unknown_role", f"unknown role {turn['from']!r}; known are {known}")
-    return {"role": SHAREGPT_ROLES[turn["from"]], "content": value}
+    first = ({"role": "system", "content": as_text(system, "system")},) if system else ()
+    return first + from_sharegpt(record["conversations"], "conversations")
 
 
 def _split_turns(text: str) -> tuple[dict, ...]:
@@ -319,3 +376,55 @@ def _split_dialogues(chosen: tuple[dict, ...], rejected: tuple[dict, ...], tools
     if not all(end and end[0]["role"] == "assistant" for end in ends):
         raise ExampleFault("prompts_differ", "chosen and rejected part before an assistant turn")
     return "preference", Conversation(chosen[:common], tools), ends
+
+
+def _answer(text, key: str) -> tuple[dict]:
+    return ({"role": "assistant", "content": as_text(text, key)},)
+
+
+def _ranked(prompt, completions: list[Completed], scores):
+    """Best first by score; without scores the order given counts, and the scores are N-1, ..., 0."""
+    if len(completions) < 2:
+        raise ExampleFault("single_completion", f"a ranking needs two completions, found {len(completions)}")
+    if scores is None:
+        scores = range(len(completions))[::-1]
+    elif not isinstance(scores, list) or not all(_is_number(score) for score in scores):
+        raise ExampleFault("bad_scores", "scores must be a list of finite numbers")
+    if len(scores) != len(completions):
+        raise ExampleFault("bad_scores", f"{len(completions)} completions, but {len(scores)} scores")
+    if len(set(scores)) == 1:
+        raise ExampleFault("tie", f"all completions have the score {scores[0]}")
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return "ranking", prompt, tuple(completions[i] for i in order), {"score": tuple(float(scores[i]) for i in order)}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _label(record: dict) -> dict[str, tuple[float]]:
+    if not isinstance(record["label"], int | float) or record["label"] not in (0, 1):
+        raise ExampleFault("bad_label", f"label must be true or false, found {record['label']!r}")
+    return {"label": (float(record["label"]),)}
+
+
+BFCL_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # as BFCL itself maps them
+
+
+def _json_schema(value):
+    """BFCL's Python types as those of JSON schema, at any depth."""
+    if isinstance(value, list):
+        return [_json_schema(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    made = {key: _json_schema(item) for key, item in value.items()}
+    return made | ({"type": BFCL_TYPES.get(made["type"], made["type"])} if isinstance(made.get("type"), str) else {})
+
+
+def _accepted(value):
+    """The first of the values that BFCL accepts for each argument; one that may be left out, and is first, is."""
+    if isinstance(value, list):
+        return [_accepted(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _accepted(options[0]) for name, options in value.items() if options and options[0] != ""}

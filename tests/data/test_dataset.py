@@ -9,6 +9,7 @@ import pytest
 from jaxpost.data.dataset import load_dataset
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import ExampleFault, parse
+from jaxpost.data.rows import build_batch
 from jaxpost.data.sources import open_source
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import load_tokenizer
@@ -210,6 +211,31 @@ def test_on_bad_error_raises_the_fault_itself(load, write_jsonl):
     assert fault.value.reason == "empty_completion"
 
 
+def test_scores_and_labels_reach_the_batch(load, write_jsonl):
+    """Rankings of two and of three (one file of pairs), and unpaired feedback, as packed rows."""
+    ranked = {"prompt": "Q", "completions": ["Yes", "No", "Maybe not"], "scores": [0.5, -1, 2]}
+    pair = {"prompt": "Q", "chosen": "Paris", "rejected": "Emma"}
+    files = [write_jsonl(ranked, name="ranked.jsonl"), write_jsonl(pair, name="pairs.jsonl")]
+    dataset = load(files, kind="ranking")
+    assert dataset.report.formats == ["ranking", "preference"]
+    size = {"rows_per_step": 1, "tokens_per_row": 64, "documents_per_row": 2}
+    batch = build_batch([list(dataset.documents)], **size, branches=3)
+    assert batch.completion["score"].tolist() == [[[2, 0.5, -1], [1, 0, 0]]]
+    assert batch.completion["mask"].tolist() == [[[1, 1, 1], [1, 1, 0]]]
+
+    feedback = [{"prompt": "Q", "completion": "Yes", "label": label} for label in (False, True)]
+    dataset = load(write_jsonl(*feedback), kind="unpaired")
+    batch = build_batch([list(dataset.documents)], **size, branches=1)
+    assert batch.completion["label"].tolist() == [[[0], [1]]] and batch.completion["mask"].all()
+    flipped = load(write_jsonl(*reversed(feedback)), kind="unpaired")
+    assert flipped.fingerprint != dataset.fingerprint
+
+
+def test_prompts_load_without_completions(load, write_jsonl):
+    (document,) = load(write_jsonl({"prompt": "Who wrote Emma?"}), kind="prompt").documents
+    assert len(document.prompt) > 1 and document.completions == () and document.completion == {}
+
+
 # --- real files -----------------------------------------------------------------------------------------------------
 
 
@@ -268,5 +294,7 @@ def test_real_files_lose_nothing_but_to_length(real, path, kind, format, count):
 
 @needs_shared
 def test_unpaired_feedback_does_not_pass_for_conversations(real):
-    with pytest.raises(DataError, match="no format fits a record with the keys label, messages"):
+    with pytest.raises(
+        DataError, match="found the format unpaired_messages, which holds unpaired data; sft training takes messages, "
+    ):
         real("llamafactory_demo/kto_en_demo.json", "sft", 1024)

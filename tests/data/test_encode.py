@@ -273,3 +273,61 @@ def test_a_pair_needs_a_prompt(write_tokenizer):
     tokenizer = load_tokenizer(write_tokenizer(add_bos_token=False))
     with pytest.raises(ExampleFault, match="no_prompt"):
         run({"prompt": "", "chosen": "Yes", "rejected": "No"}, tokenizer)
+
+
+# --- rankings, unpaired feedback, prompts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [SPACED, MARKED])
+def test_a_ranking_shares_its_prompt_among_all(tokenizer, template):
+    """Each completion is as it is alone; the scores go with their completions, best first."""
+    answers = ["No.", "Yes.", "Paris, surely."]
+    record = {"prompt": [USER], "completions": [[bot(a)] for a in answers], "scores": [0, 0.5, 2]}
+    document = one(record, tokenizer, template)
+    assert document.completion == {"score": (2.0, 0.5, 0.0)} and len(document.prompt) > 1
+    for n, answer in enumerate(reversed(answers)):
+        whole = one({"prompt": [USER], "completion": [bot(answer)]}, tokenizer, template)
+        assert [*document.prompt, *document.completions[n]] == whole.completions[0].tolist()
+        assert [*np.zeros(len(document.prompt)), *document.weights[n]] == whole.weights[0].tolist()
+
+
+def test_a_pair_as_a_ranking_has_the_same_tokens(tokenizer):
+    example = parse(PAIRS[1], HERE, kind="ranking")
+    template = Template(SPACED, tokenizer)
+    options = {"template": template, "tokenizer": tokenizer, "max_tokens": 100, "on_long": "drop"}
+    (document,) = encode(example, 5, **options).documents
+    pair = one(PAIRS[1], tokenizer, template)
+    assert document.completion == {"score": (1.0, 0.0)} and pair.completion == {}
+    for ours, theirs in zip((document.prompt, *document.completions), (pair.prompt, *pair.completions), strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_unpaired_feedback_is_one_branch_with_a_label(tokenizer, label):
+    record = {"messages": [USER, bot("No."), USER, bot("Yes.")], "label": label}
+    document = one(record, tokenizer, load_template("plain", tokenizer))
+    assert document.completion == {"label": (float(label),)} and len(document.completions) == 1
+    assert trained_text(tokenizer, document) == "Yes.</s>"
+    assert tokenizer.decode(document.prompt, False).endswith("Assistant:") and document.weights[0].all()
+
+
+def test_a_prompt_ends_where_the_model_answers(tokenizer):
+    template = load_template("plain", tokenizer)
+    document = one({"prompt": [USER]}, tokenizer, template)
+    assert document.prompt.tolist() == template.encode([USER], tokenizer, add_generation_prompt=True)
+    assert tokenizer.decode(document.prompt, False) == "<s>User: What is the capital of France?\nAssistant:"
+    assert document.completions == document.weights == ()
+    raw = one({"prompt": "Who wrote Emma?"}, tokenizer)
+    assert tokenizer.decode(raw.prompt, False) == "<s> Who wrote Emma?"
+    cut = run({"prompt": "Who wrote Emma?"}, tokenizer, max_tokens=4, on_long="truncate")
+    assert cut.truncated and cut.documents[0].prompt.tolist() == [raw.prompt[0], *raw.prompt[-3:]]
+    with pytest.raises(ExampleFault, match="too_long"):
+        run({"prompt": "Who wrote Emma?"}, tokenizer, max_tokens=4)
+
+
+def test_completions_with_the_same_tokens_are_a_fault(tokenizer):
+    record = {"prompt": [USER], "completions": [[bot("Yes")], [bot("No")], [bot("Yes ")]]}
+    trimming = "{% for m in messages %}{{ m.content | trim + eos_token }}{% endfor %}"
+    with pytest.raises(ExampleFault) as fault:
+        run(record, tokenizer, trimming)
+    assert fault.value.reason == "equal_completions"

@@ -1,12 +1,15 @@
 """Formats: every record form to the messages it stands for; faults by their reason."""
 
+import collections
 import json
 
 import pytest
 
 from jaxpost.data.formats import FORMATS, ExampleFault, detect, parse
+from jaxpost.data.sources import open_source
 from jaxpost.errors import DataError
 from jaxpost.types import Origin
+from tests.shared import SHARED, needs_shared
 
 HERE = Origin("data.jsonl", 7)
 
@@ -38,6 +41,7 @@ CALLED = (
     {"role": "tool", "content": "2"},
     bot("Two."),
 )
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
 
 # record, format, kind, prompt messages or text, completions
@@ -102,6 +106,61 @@ FORMS = [
     ),
 ]
 
+SOLVED = {
+    "question": "1+1?",
+    "ground_truth": "A: 2",
+    **{f"6b_{how}": {"is_correct": False, "solution": f"{how} A: 3"} for how in ("finetuning", "verification")},
+    **{f"175b_{how}": {"is_correct": True, "solution": f"{how} A: 2"} for how in ("finetuning", "verification")},
+}
+BFCL = {
+    "id": "simple_0",
+    "question": [[user("1+1?")]],
+    "function": [{"name": "add", "parameters": {"type": "dict", "properties": {"a": {"type": "float"}}}}],
+}
+RATED = ((bot("B"),), (bot("A"),))
+FORMS += [
+    ({"question": "1+1?", "answer": "#### 2"}, "question_answer", "chat", (user("1+1?"),), ((bot("#### 2"),),)),
+    ({"prompt": "Q", "completions": ["A", "B", "C"]}, "ranking", "ranking", "Q", ("A", "B", "C")),
+    ({"prompt": "Q", "completions": ["A", "B"], "scores": [1, 2.5]}, "ranking", "ranking", "Q", ("B", "A")),
+    ({"prompt": "Q", "completions": [[bot("B")], bot("A")]}, "ranking", "ranking", (user("Q"),), RATED),
+    ({"prompt": [user("Q")], "completions": [[bot("B")], [bot("A")]]}, "ranking", "ranking", (user("Q"),), RATED),
+    (
+        SOLVED,
+        "gsm8k_solutions",
+        "ranking",
+        (user("1+1?"),),
+        tuple(
+            (bot(f"{text}"),)
+            for text in ("finetuning A: 2", "verification A: 2", "finetuning A: 3", "verification A: 3")
+        ),
+    ),
+    ({"prompt": "Q", "completion": "A", "label": True}, "unpaired", "unpaired", "Q", ("A",)),
+    (
+        {"prompt": [user("Q")], "completion": [bot("A")], "label": 0},
+        "unpaired",
+        "unpaired",
+        (user("Q"),),
+        ((bot("A"),),),
+    ),
+    (
+        {"messages": DIALOGUE, "label": False},
+        "unpaired_messages",
+        "unpaired",
+        tuple(DIALOGUE[:3]),
+        ((bot("See you"),),),
+    ),
+    (
+        {"conversations": SHAREGPT, "system": "S", "label": True},
+        "unpaired_sharegpt",
+        "unpaired",
+        (system("S"), user("Hi")),
+        ((bot("Hello"),),),
+    ),
+    ({"prompt": "Q", "key": 1000, "kwargs": [{}]}, "prompt", "prompt", "Q", ()),  # as in IFEval
+    ({"prompt": [user("Q")]}, "prompt", "prompt", (user("Q"),), ()),
+    (BFCL, "bfcl", "prompt", (user("1+1?"),), ()),
+]
+
 
 @pytest.mark.parametrize("record, name, kind, prompt, completions", FORMS)
 def test_each_form_is_detected_and_parsed(record, name, kind, prompt, completions):
@@ -114,7 +173,91 @@ def test_each_form_is_detected_and_parsed(record, name, kind, prompt, completion
 
 
 def test_every_format_has_a_form_here():
-    assert {form[1] for form in FORMS} == set(FORMATS)
+    assert {form[1] for form in FORMS} | {"bfcl_answer"} == set(FORMATS)  # that one needs a file beside its own
+
+
+def test_values_of_completions():
+    """Scores as given, sorted with their completions; the order as N-1, ..., 0 where there are none; labels as 1, 0."""
+
+    def values(record, kind=None):
+        return parse(record, HERE, kind=kind).values
+
+    assert values({"prompt": "Q", "completions": ["A", "B", "C"]}) == {"score": (2.0, 1.0, 0.0)}
+    rated = {"prompt": "Q", "completions": ["A", "B", "C"], "scores": [0.5, 3, 0.5]}
+    assert values(rated) == {"score": (3.0, 0.5, 0.5)}
+    assert parse(rated, HERE).completions == ("B", "A", "C")  # equal ones keep their order
+    assert values({"prompt": "Q", "completions": ["A", "B"], "scores": None}) == {"score": (1.0, 0.0)}
+    assert values(SOLVED) == {"score": (1.0, 1.0, 0.0, 0.0)}
+    for label, number in ((True, 1.0), (False, 0.0), (1, 1.0), (0.0, 0.0)):
+        assert values({"prompt": "Q", "completion": "A", "label": label}) == {"label": (number,)}
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    assert values(pair) == values(pair, "preference") == {}
+
+
+def test_a_pair_is_a_ranking_of_two():
+    example = parse({"prompt": "Q", "chosen": "A", "rejected": "B"}, HERE, kind="ranking")
+    assert (example.kind, example.format, example.completions) == ("ranking", "preference", ("A", "B"))
+    assert example.values == {"score": (1.0, 0.0)}
+    fitting = {kind: {f.name for f in FORMATS.values() if f.fits(kind)} for kind in ("ranking", "preference")}
+    assert fitting["preference"] < fitting["ranking"] and "ranking" not in fitting["preference"]
+
+
+def test_bfcl_answers_are_joined_with_their_questions(tmp_path):
+    truth = {"add": {"a": [2.5, 2], "unit": ["", "m"], "where": [{"x": [1], "y": ["", 0]}], "by": ["h", ""]}}
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / "set.json").write_text(json.dumps(BFCL) + "\n")
+    answer = {"id": "simple_0", "ground_truth": [truth]}
+    origin = Origin(str(tmp_path / "possible_answer/set.json"), 1)
+    assert detect(answer, origin) == "bfcl_answer"
+    example = parse(answer, origin)
+    asked = parse(BFCL, HERE).prompt
+    properties = {"a": {"type": "number"}}
+    function = {"name": "add", "parameters": {"type": "object", "properties": properties}}
+    assert asked.tools == ({"type": "function", "function": function},)
+    assert (example.kind, example.prompt) == ("chat", asked)
+    arguments = {"a": 2.5, "where": {"x": 1}, "by": "h"}
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    assert example.completions == ((bot("") | {"tool_calls": [call]},),)
+    with pytest.raises(ExampleFault, match=r"set\.json has no record with the id 'other'") as fault:
+        parse(answer | {"id": "other"}, origin)
+    assert fault.value.reason == "not_beside"
+    with pytest.raises(DataError, match=r"nowhere\.json: no such file; the records of this format belong"):
+        parse(answer, Origin(str(tmp_path / "possible_answer/nowhere.json"), 1))
+
+
+@pytest.mark.parametrize(
+    "message, calls",
+    [
+        (bot(None) | {"tool_calls": [ADD]}, [ADD]),
+        (bot("Hm") | {"tool_calls": [ADD | {"id": "x7"}]}, [ADD | {"id": "x7"}]),
+        (bot("") | {"tool_calls": [{"name": "add", "arguments": {"a": 1}}]}, [ADD]),
+        (bot("") | {"tool_calls": [{"function": {"name": "add", "arguments": '{"a":1}'}}]}, [ADD]),
+        (bot("") | {"function_call": {"name": "add", "arguments": '{"a": 1}'}}, [ADD]),
+        (
+            bot("") | {"tool_calls": [{"name": "now"}]},
+            [{"type": "function", "function": {"name": "now", "arguments": {}}}],
+        ),
+        (
+            bot("") | {"tool_calls": [{"name": "now", "arguments": ""}] * 2},
+            [{"type": "function", "function": {"name": "now", "arguments": {}}}] * 2,
+        ),
+    ],
+)
+def test_tool_calls_are_brought_to_one_form(message, calls):
+    result = {"role": "tool", "content": "2", "tool_call_id": "x7"}
+    (completion,) = parse({"messages": [user("Q"), message, result, bot("Two.")]}, HERE).completions
+    assert completion[1] == bot(message["content"] or "") | {"tool_calls": calls}
+    assert completion[2] == result
+
+
+def test_messages_without_calls_have_no_key_for_them():
+    (completion,) = parse(
+        {"messages": [user("Q"), bot("A") | {"tool_calls": None, "function_call": None}]}, HERE
+    ).completions
+    assert completion[1] == bot("A")
+    old = {"role": "function", "name": "add", "content": "2"}
+    (completion,) = parse({"messages": [user("Q"), old, bot("A")]}, HERE).completions
+    assert completion[1] == old | {"role": "tool"}
 
 
 def test_tools_are_wrapped_as_openai_functions():
@@ -165,6 +308,28 @@ FAULTS = [
     ({"messages": DIALOGUE, "tools": "{"}, "bad_json"),
     ({"messages": DIALOGUE, "tools": ["add"]}, "bad_tools"),
     ({"conversations": [*CALL[:1], {"from": "function_call", "value": "add(1)"}]}, "bad_json"),
+    ({"conversations": [*CALL[:1], {"from": "function_call", "value": "[5]"}]}, "bad_tool_call"),
+    ({"messages": [user("Q"), bot("") | {"tool_calls": [{"function": {"arguments": {}}}]}]}, "bad_tool_call"),
+    ({"messages": [user("Q"), bot("") | {"tool_calls": [{"name": "add", "arguments": "[1]"}]}]}, "bad_tool_call"),
+    ({"messages": [user("Q"), bot("") | {"tool_calls": [{"name": "add", "arguments": "{"}]}]}, "bad_json"),
+    ({"messages": [user("Q"), bot("") | {"tool_calls": ADD}]}, "bad_tool_call"),
+    ({"prompt": "Q", "completions": ["A"]}, "single_completion"),
+    ({"prompt": "Q", "completions": []}, "single_completion"),
+    ({"prompt": "Q", "completions": "A"}, "not_a_list"),
+    ({"prompt": "Q", "completions": ["A", ""]}, "empty_completion"),
+    ({"prompt": "Q", "completions": ["A", "B", "A"]}, "equal_completions"),
+    ({"prompt": "Q", "completions": ["A", "B"], "scores": [1, 1.0]}, "tie"),
+    ({"prompt": "Q", "completions": ["A", "B"], "scores": [1]}, "bad_scores"),
+    ({"prompt": "Q", "completions": ["A", "B"], "scores": [1, float("nan")]}, "bad_scores"),
+    ({"prompt": "Q", "completions": ["A", "B"], "scores": [1, True]}, "bad_scores"),
+    ({"prompt": "Q", "completions": ["A", [bot("B")]]}, "no_messages"),
+    (SOLVED | {"6b_finetuning": 5}, "bad_solution"),
+    ({"prompt": "Q", "completion": "A", "label": "good"}, "bad_label"),
+    ({"messages": DIALOGUE, "label": None}, "bad_label"),
+    ({"messages": DIALOGUE[:3], "label": True}, "no_assistant_turn"),
+    ({"prompt": DIALOGUE}, "answered"),
+    ({"prompt": [user("Q"), system("S")]}, "system_not_first"),
+    (BFCL | {"question": [[user("A")], [user("B")]]}, "several_turns"),
 ]
 
 
@@ -179,8 +344,8 @@ def test_faults_of_one_example(record, reason):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"messages": DIALOGUE, "label": True}, "no format fits a record with the keys label, messages"),
-        ({"question": "Q", "answer": "A"}, "no format fits"),
+        ({"messages": DIALOGUE, "scores": [1]}, "no format fits a record with the keys messages, scores"),
+        ({"text": "x", "label": 1}, "no format fits"),
         ({"messages": DIALOGUE, "text": "x"}, "no format fits"),
         ({}, r"keys \(none\)"),
     ],
@@ -199,3 +364,62 @@ def test_a_named_format_reads_what_it_needs_and_no_more():
         parse({"instruction": "Q"}, HERE, "alpaca")
     with pytest.raises(DataError, match="no format is called 'parrot'"):
         parse({"text": "x"}, HERE, "parrot")
+
+
+# --- real files -----------------------------------------------------------------------------------------------------
+
+REAL = [  # file, format, kind, records, faults by reason
+    ("llamafactory_demo/alpaca_en_demo.json", "alpaca", "chat", 999, {}),
+    ("llamafactory_demo/identity.json", "alpaca", "chat", 91, {}),
+    ("llamafactory_demo/glaive_toolcall_en_demo.json", "sharegpt", "chat", 300, {}),
+    ("llamafactory_demo/dpo_en_demo.json", "sharegpt_preference", "preference", 300, {}),
+    ("llamafactory_demo/kto_en_demo.json", "unpaired_messages", "unpaired", 300, {}),
+    ("fastchat_chat/dummy_conversation.json", "sharegpt", "chat", 500, {}),
+    ("hh_rlhf/pairs.jsonl.gz", "dialogue_pair", "preference", 1800, {"empty_completion": 3, "prompts_differ": 4}),
+    ("gsm8k/train.jsonl", "question_answer", "chat", 3000, {}),
+    ("gsm8k/test.jsonl", "question_answer", "chat", 400, {}),
+    ("gsm8k/example_model_solutions.jsonl", "gsm8k_solutions", "ranking", 400, {"tie": 192, "equal_completions": 1}),
+    ("bfcl/BFCL_v4_irrelevance.json", "bfcl", "prompt", 240, {}),
+    ("bfcl/BFCL_v4_simple_python.json", "bfcl", "prompt", 400, {}),
+    ("bfcl/possible_answer/BFCL_v4_simple_python.json", "bfcl_answer", "chat", 400, {}),
+    ("ifeval/input_data.jsonl", "prompt", "prompt", 270, {}),
+]
+
+
+@needs_shared
+def test_every_real_file_is_listed():
+    folders = ("llamafactory_demo", "fastchat_chat", "hh_rlhf", "gsm8k", "bfcl")
+    files = {str(p.relative_to(SHARED / "data")) for f in folders for p in (SHARED / "data" / f).rglob("*.json*")}
+    assert files == {row[0] for row in REAL} - {"ifeval/input_data.jsonl"}
+
+
+@needs_shared
+@pytest.mark.parametrize("path, name, kind, count, faults", REAL, ids=[row[0] for row in REAL])
+def test_real_files(path, name, kind, count, faults):
+    source = open_source(SHARED / "data" / path)
+    found, examples = collections.Counter(), []
+    for record, origin in (source[i] for i in range(len(source))):
+        assert detect(record, origin) == name
+        try:
+            examples.append(parse(record, origin))
+        except ExampleFault as fault:
+            found[fault.reason] += 1
+    assert len(source) == count == len(examples) + found.total()
+    assert found == faults
+    assert {(example.kind, example.format) for example in examples} == {(kind, name)}
+    for example in examples:
+        for completion in example.completions:
+            assert completion[-1]["role"] == "assistant"
+        calls = [call for c in example.completions for message in c for call in message.get("tool_calls", ())]
+        assert all(isinstance(call["function"]["arguments"], dict) for call in calls)
+        assert bool(calls) or name != "bfcl_answer"
+
+
+@needs_shared
+def test_what_real_feedback_holds():
+    kto = open_source(SHARED / "data/llamafactory_demo/kto_en_demo.json")
+    labels = collections.Counter(parse(*kto[i]).values["label"] for i in range(len(kto)))
+    assert labels == {(1.0,): 150, (0.0,): 150}
+    glaive = open_source(SHARED / "data/llamafactory_demo/glaive_toolcall_en_demo.json")
+    turns = [m for i in range(len(glaive)) for m in parse(*glaive[i]).completions[0]]
+    assert sum("tool_calls" in turn for turn in turns) == sum(turn["role"] == "tool" for turn in turns) == 211
