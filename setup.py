@@ -27,13 +27,14 @@ CORE = [
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22,<0.24",
 ]
-TEST = ["pytest>=8.4", "hypothesis>=6.130"]
+TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "hf": ["huggingface_hub>=0.30"],  # model.path may be a hub name
     "log": ["wandb>=0.19"],  # run.log_to may name wandb
     "eval": ["scipy>=1.14"],
+    "plot": ["matplotlib>=3.9,<4"],  # the picture of `jaxpost check --out=DIR`
     "test": TEST,
     "dev": [*TEST, "ruff>=0.12,<0.18", "pre-commit>=4", "jaxtyping>=0.3"],
 }

@@ -17,6 +17,20 @@ from jaxpost import schema
 from jaxpost.errors import ConfigError
 from jaxpost.schema import Scalar, Sources, free_keys, key, to_dict
 
+# What data.allow may name: those of jaxpost.data.preflight, less the one that no model can be trained in spite of.
+Refusal = Literal[
+    "two_bos",
+    "no_end_trained",
+    "end_does_not_stop",
+    "empty_mask",
+    "seen_trained",
+    "completion_lost",
+    "pad_inside",
+    "chosen_equals_rejected",
+    "prompt_not_prefix",
+    "too_many_dropped",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -38,6 +52,9 @@ class DataConfig:
     max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
     on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
     on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
+    # Of real files faults take up to 0.4 % (hh-rlhf), lengths at fitting settings up to 2 %: beyond 5 % a setting is wrong.
+    max_dropped: float = key("largest share of the examples that may be dropped", 0.05, low=0, high=1)
+    allow: tuple[Refusal, ...] = key("refusals of the preflight that become warnings", ())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,9 +60,19 @@ def main(arguments: list[str]) -> int:
 
 def read_config(verb: str, arguments: list[str]) -> config.Config:
     """`--config=NAME --config.loss.beta=0.2 ...` -> the resolved config."""
+    return parse_config(config_parser(verb), arguments)[0]
+
+
+def config_parser(verb: str) -> Parser:
+    """A parser of `--config` and its keys, to which a verb may add flags of its own."""
     parser = Parser(verb, epilog=key_table())
     parser.add_argument("--config", metavar="FILE", help="config file, or the name of one that ships (dpo, sft)")
     parser.add_argument("--config.KEY", metavar="VALUE", help="sets one key of it; repeatable")
+    return parser
+
+
+def parse_config(parser: Parser, arguments: list[str]) -> tuple[config.Config, argparse.Namespace]:
+    """(the resolved config, all flags)."""
     known, overrides = parser.parse_known_args(arguments)
     if known.config is None:
         raise ConfigError("--config: missing; give a config file, as in --config=configs/dpo.py")
@@ -74,7 +84,7 @@ def read_config(verb: str, arguments: list[str]) -> config.Config:
         if not equals:
             raise ConfigError(f"{name}: no value; write --config.{name}=VALUE")
         config.override(values, name, text)
-    return config.resolve(values)
+    return config.resolve(values), known
 
 
 def key_table() -> str:

@@ -1,25 +1,94 @@
-"""`jaxpost check --config=dpo`: what a config's data becomes, before any training. Reads no weights."""
+"""`jaxpost check --config=dpo`: what a config's data becomes, and what is wrong with it. Reads no weights."""
+
+import argparse
 
 from rich.console import Console
+from rich.table import Table
 
 from jaxpost import cli
-from jaxpost.errors import DataError
 
-EXAMPLES = 3  # printed token by token
 KIND = {"sft": "sft", "dpo": "preference"}  # the kind of documents that a stage trains on
+PICTURE = "lengths.png"
 
 
 def run(arguments: list[str]) -> None:
-    config = cli.read_config("check", arguments)
+    parser = cli.config_parser("check")
+    parser.add_argument("--examples", type=_count, default=3, metavar="N", help="examples printed token by token (3)")
+    parser.add_argument("--out", metavar="DIR", help=f"folder to write {PICTURE} into: histograms of the lengths")
+    strict = "false: what is refused is only told, as if data.allow named all of it"
+    parser.add_argument("--strict", choices=("true", "false"), default="true", help=strict)
+    config, flags = cli.parse_config(parser, arguments)
     from jaxpost.data import preflight  # after the config is found good: setup loads jax
-    from jaxpost.train.setup import open_data, open_mesh, open_model
+    from jaxpost.train.setup import open_data, open_model, preflight_findings
 
     console = Console()
-    model = open_model(config, open_mesh(config))
-    data = open_data(config, model, KIND[config.stage])
-    preflight.show_examples(data.train, model.tokenizer, EXAMPLES, console)
+    model = open_model(config, mesh=None)
+    datasets = []
+    data = open_data(config, model, KIND[config.stage], inspect=datasets.append)
+    report(config, model, data, console, flags)
+    findings = [finding for dataset in datasets for finding in preflight_findings(config, model, dataset)]
+    allow = config.data.allow if flags.strict == "true" else preflight.REFUSALS
+    for finding in preflight.refuse(findings, allow):
+        console.print(f"warning: {finding}", markup=False, highlight=False, soft_wrap=True)
+    verdict = f"{len(findings)} warnings" if findings else "nothing wrong found"
+    console.print(f"{len(data.train):,} documents to train on: {verdict}", highlight=False)
+
+
+def report(config, model, data, console: Console, flags) -> None:
+    """Examples, a packed row, and what the documents measure."""
+    from jaxpost.data import preflight
+    from jaxpost.data.loader import Loader, row_statistics
+
+    batch = config.batch
+    shape = {name: getattr(batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
+    loader = Loader(data.train, **shape, branches=data.branches, seed=config.run.seed)
+    if flags.examples:
+        preflight.show_examples(data.train, model.tokenizer, flags.examples, console)
+        preflight.show_row(loader, model.tokenizer, console)
     console.print(data.report.table())
-    problems = preflight.check(data.train, model.tokenizer, model.policy.config.vocab_size)
-    if problems:
-        raise DataError("; ".join(preflight.summary(problems)))
-    console.print(f"{len(data.train):,} documents to train on: nothing wrong found", highlight=False)
+    lengths, repeated = preflight.measure(data.train), preflight.duplicates(data.train)
+    packed = row_statistics(loader)
+    table = Table("tokens", title="lengths", title_justify="left")
+    for percentile in ("50 %", "90 %", "99 %", "max"):
+        table.add_column(percentile, justify="right")
+    for name, values in lengths.rows():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    console.print(table)
+    table = Table(title="rows", title_justify="left", show_header=False)
+    table.add_row("padding", f"{100 * packed['padding_share']:.1f} % of {batch.tokens_per_row:,} tokens a row")
+    table.add_row("documents a row", f"{packed['documents_per_row']:.1f}")
+    places = ", ".join(f"{short(one)} = {short(other)}" for one, other in repeated[:3])
+    table.add_row(
+        "duplicates", f"{len(repeated):,}" + (f" ({places}{', ...' * (len(repeated) > 3)})" if places else "")
+    )
+    console.print(table)
+    if flags.out is not None:
+        write_picture(config, model, lengths, flags.out, console)
+
+
+def short(origin) -> str:
+    """File and line without the folder."""
+    return str(origin).rpartition("/")[2]
+
+
+def write_picture(config, model, lengths, folder: str, console: Console) -> None:
+    from etils import epath
+
+    from jaxpost.data.preflight.plot import write_histograms
+
+    path = epath.Path(folder) / PICTURE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    most = config.data.max_tokens or model.policy.config.max_positions
+    limits = {"data.max_tokens": most, "batch.tokens_per_row": config.batch.tokens_per_row}
+    title = ", ".join(short(path) for path, _ in config.data.train)
+    write_histograms(lengths, path, title, limits)
+    console.print(f"lengths drawn in {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _count(text: str) -> int:
+    try:
+        if (value := int(text)) >= 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")

@@ -12,7 +12,7 @@ import numpy as np
 import rich.table
 
 from jaxpost.data.encode import encode
-from jaxpost.data.formats import FORMATS, ExampleFault, detect, parse
+from jaxpost.data.formats import FORMATS, Example, ExampleFault, detect, parse
 from jaxpost.data.sources import Source, open_source
 from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
@@ -27,14 +27,25 @@ PERCENTILES = (50, 90, 99, 100)
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """documents: sequence of Document. names: the files. fingerprint: sha256 of the documents' tokens and weights.
+    sources: the opened files.
 
-    It is of the result, not of what went in: a template may write today's date, which no key of the input tells.
+    The fingerprint is of the result, not of what went in: a template may write today's date, which no key of the input
+    tells.
     """
 
     documents: "Documents"
     report: "Report"
     fingerprint: str
     names: tuple[str, ...]
+    sources: tuple[Source, ...]
+
+    def example(self, example_id: int) -> Example:
+        """The example behind the documents of this `example_id`, read and parsed again."""
+        ends = np.cumsum([len(source) for source in self.sources])
+        number = int(np.searchsorted(ends, example_id, "right"))
+        source = self.sources[number]
+        record, origin = source[example_id - int(ends[number]) + len(source)]
+        return parse(record, origin, self.report.formats[number])
 
 
 def load_dataset(
@@ -47,7 +58,6 @@ def load_dataset(
     on_bad: str = "drop",
     on_long: str = "drop",
     format: str = "auto",
-    vocab_size: int | None = None,
     row_tokens: int | None = None,
 ) -> Dataset:
     """Reads, parses and tokenises files into documents.
@@ -61,17 +71,12 @@ def load_dataset(
       on_bad: a faulty example is dropped and counted ("drop") or ends the reading ("error").
       on_long: what becomes of an example beyond max_tokens: "drop" or "truncate" (see `encode`).
       format: name of a format, or "auto" to detect it per file; it then holds for all records of the file.
-      vocab_size: of the model; the tokenizer's must not be larger.
       row_tokens: a document that takes more in a row is dropped under `longer_than_row`.
 
     Raises:
       DataError: a fault of a file (missing, empty, broken, of another kind, of mixed formats); with on_bad="error"
-        any fault; nothing left after dropping; a tokenizer too large for the model.
+        any fault; nothing left after dropping.
     """
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.name}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {vocab_size}"
-        )
     weighted = _weighted(paths)
     sources = [open_source(path) for path, _ in weighted]
     report = Report(names=tuple(source.path for source in sources))
@@ -101,7 +106,7 @@ def load_dataset(
         raise DataError(f"{', '.join(report.names)}: nothing left: {report.faults() or 'the weights take no example'}")
     documents = builder.build()
     report.measure(documents)
-    return Dataset(documents, report, documents.fingerprint(), report.names)
+    return Dataset(documents, report, documents.fingerprint(), report.names, tuple(sources))
 
 
 def _weighted(paths) -> list[tuple[str, float]]:

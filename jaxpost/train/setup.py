@@ -1,6 +1,7 @@
 """What every offline stage opens before it trains: mesh, model, tokenizer, data. Each a step of a stage's list."""
 
 import dataclasses
+import logging
 import os
 from typing import Any
 
@@ -13,12 +14,14 @@ from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
-from jaxpost.errors import ConfigError, DataError
+from jaxpost.errors import ConfigError
 from jaxpost.models import hf
 from jaxpost.models.policy import Policy
 from jaxpost.sharding import make_mesh, named_shardings
 
-PREFLIGHT_DOCUMENTS = 1000  # looked at before every run; `jaxpost check` looks at all
+log = logging.getLogger("jaxpost")
+
+PREFLIGHT_SAMPLE = {"most_documents": 1000, "most_examples": 64}  # before every run; `jaxpost check` looks at all
 BRANCHES = {"sft": 0, "preference": 2}  # completions of a document, by kind of data
 
 
@@ -92,11 +95,17 @@ def compute_dtype(name: str) -> str:
 
 
 def open_model(config, mesh, *, path: str | None = None) -> Model:
-    """The model at `path` (default: model.path), described but not loaded. Raises CheckpointError, DataError."""
+    """The model at `path` (default: model.path), described but not loaded. Raises CheckpointError, DataError.
+
+    mesh: None leaves `abstract` and `shardings` None, and asks for no device: enough to read data for it.
+    """
     folder = epath.Path(hf.resolve(embedded.resolve(path or config.model.path)))
-    policy = Policy(hf.read_config(folder), compute_dtype(config.precision.compute), config.remat.policy)
+    dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
+    policy = Policy(hf.read_config(folder), dtype, config.remat.policy)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
+    if mesh is None:
+        return Model(folder, policy, tokenizer, template, None, None)
     masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
     abstract = jax.tree.map(masters, policy.abstract())
     return Model(folder, policy, tokenizer, template, abstract, named_shardings(policy.axes(), mesh, abstract))
@@ -118,13 +127,16 @@ def open_reference(config, model: Model, mesh) -> Model:
     return dataclasses.replace(other, abstract=abstract)
 
 
-def open_data(config, model: Model, kind: str) -> Data:
-    """Training and evaluation documents. Without data.eval, `data.eval_examples` of data.train are held out."""
+def open_data(config, model: Model, kind: str, inspect=None) -> Data:
+    """Training and evaluation documents. Without data.eval, `data.eval_examples` of data.train are held out.
+
+    inspect: called with each Dataset that is read; None refuses what a sample shows to be wrong (data/preflight).
+    """
     branches = BRANCHES[kind]
-    train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"))
+    train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"), inspect)
     identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
     if config.data.eval is not None:
-        held_out = _dataset(config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"))
+        held_out = _dataset(config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"), inspect)
         identity["eval"] = held_out.fingerprint
         return Data(train.documents, held_out.documents, branches, train.report, identity)
     held = config.data.eval_examples
@@ -153,9 +165,8 @@ class Subset:
         return self.documents[int(self.indices[index])]
 
 
-def _dataset(config, model: Model, kind: str, sources) -> Dataset:
-    """Reads the sources, and refuses what would silently ruin a run (data/preflight.py)."""
-    vocab_size = model.policy.config.vocab_size
+def _dataset(config, model: Model, kind: str, sources, inspect) -> Dataset:
+    """Reads the sources. inspect: what looks at the result; see `open_data`."""
     dataset = load_dataset(
         sources,
         tokenizer=model.tokenizer,
@@ -165,9 +176,26 @@ def _dataset(config, model: Model, kind: str, sources) -> Dataset:
         on_bad=config.data.on_bad,
         on_long=config.data.on_long,
         format=config.data.format,
-        vocab_size=vocab_size,
         row_tokens=config.batch.tokens_per_row,
     )
-    if problems := preflight.check(dataset.documents, model.tokenizer, vocab_size, PREFLIGHT_DOCUMENTS):
-        raise DataError("; ".join(preflight.summary(problems)))
+    if inspect is not None:
+        inspect(dataset)
+    else:
+        for warning in preflight.refuse(
+            preflight_findings(config, model, dataset, **PREFLIGHT_SAMPLE), config.data.allow
+        ):
+            log.warning("data.allow: %s", warning)
     return dataset
+
+
+def preflight_findings(config, model: Model, dataset: Dataset, **sample: int) -> list[preflight.Finding]:
+    """What would silently ruin a run (data/preflight). sample: how many documents and examples; none = all."""
+    return preflight.check(
+        dataset,
+        tokenizer=model.tokenizer,
+        template=model.template,
+        vocab_size=model.policy.config.vocab_size,
+        max_dropped=config.data.max_dropped,
+        on_long=config.data.on_long,
+        **sample,
+    )

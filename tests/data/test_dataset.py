@@ -190,11 +190,16 @@ def test_a_broken_line_is_an_error_even_when_faults_are_dropped(load, tmp_path):
         load(tmp_path / "a.jsonl", on_bad="drop")
 
 
-def test_a_tokenizer_larger_than_the_model(load, write_jsonl, tokenizer):
-    size = tokenizer.vocab_size
-    assert load(write_jsonl(GOOD), vocab_size=size).report.kept == 1
-    with pytest.raises(DataError, match=f"the tokenizer has {size} tokens, but the model only {size - 1}"):
-        load(write_jsonl(GOOD), vocab_size=size - 1)
+def test_the_example_behind_a_document_is_found_again(load, write_jsonl):
+    """Over several files, of which one is taken twice and some examples are dropped."""
+    other = {"messages": [{"role": "user", "content": "No?"}, {"role": "assistant", "content": "Yes"}]}
+    first = write_jsonl(GOOD, EMPTY, GOOD | {"prompt": "And?"}, name="a.jsonl")
+    dataset = load([(first, 2), write_jsonl(other, name="b.jsonl")])
+    found = [(d.example_id, dataset.example(d.example_id)) for d in dataset.documents]
+    assert [example_id for example_id, _ in found] == [0, 0, 2, 2, 3]
+    assert [e.origin for _, e in found] == [d.origin for d in dataset.documents]
+    assert [e.prompt for _, e in found[:4]] == [GOOD["prompt"]] * 2 + ["And?"] * 2
+    assert found[4][1].completions[0][1]["content"] == "Yes"
 
 
 @pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan])
@@ -248,7 +253,7 @@ def real():
     def load(path, kind, max_tokens, **options):
         return load_dataset(
             SHARED / "data" / path, tokenizer=tokenizer, template=template, kind=kind, max_tokens=max_tokens,
-            vocab_size=512, **options,
+            **options,
         )  # fmt: skip
 
     return load

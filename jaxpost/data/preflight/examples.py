@@ -1,0 +1,132 @@
+"""What only the examples themselves can tell: are the trained tokens those of the assistant, and all of them?
+
+The code that makes the masks is not asked. Every example is rendered once more in disguise: with other letters in all
+that the model is only to read. The trained tokens must be the same ones; where they are not, somebody else's words are
+among them, or some of the assistant's are missing.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpost.data.dataset import Dataset
+from jaxpost.data.encode import encode
+from jaxpost.data.formats import Example, ExampleFault
+from jaxpost.data.preflight.documents import spread
+from jaxpost.data.preflight.findings import Problem
+from jaxpost.data.templates import Template
+from jaxpost.data.tokenizers import Tokenizer
+from jaxpost.types import Conversation, Document
+
+# Letters and digits, but neither <tags> nor /switches: templates look for them.
+WORDS = re.compile(r"<[^<>]*>|/\w+|\w")
+RAW_KEPT = 16  # last characters of a raw prompt that keep their letters: the first trained token may begin in them
+SNIPPET = 8  # tokens shown of what should not be trained
+
+
+def check_examples(
+    dataset: Dataset, tokenizer: Tokenizer, template: Template, most: int | None = None
+) -> tuple[int, list[Problem]]:
+    """(examples rendered again, their problems): seen_trained, completion_lost, prompt_not_prefix."""
+    problems, rendered = [], 0
+    for place in spread(len(dataset.documents), most):
+        document = dataset.documents[place]
+        example = dataset.example(document.example_id)
+        if example.prompt is None:  # raw text: all of it is trained
+            continue
+        rendered += 1
+        problems += _check_mask(document, example, tokenizer, template)
+        problems += _check_prompt(example, template)
+    return rendered, problems
+
+
+def _check_prompt(example: Example, template: Template) -> list[Problem]:
+    """The prompt that the template gives in use begins the text that is trained on, at every trained turn."""
+    if not isinstance(example.prompt, Conversation):
+        return []
+    seen, tools = example.prompt.messages, example.prompt.tools
+    for completion in example.completions:
+        detail = template.generation_prefix_fault((*seen, *completion), tools, trained_from=len(seen))
+        if detail:
+            return [Problem("prompt_not_prefix", detail, example.origin)]
+    return []
+
+
+def _check_mask(document: Document, example: Example, tokenizer: Tokenizer, template: Template) -> list[Problem]:
+    def trained_of(other: Example) -> list[list[int]] | None:
+        options = {"template": template, "tokenizer": tokenizer, "max_tokens": sys.maxsize, "on_long": "drop"}
+        try:
+            (found,) = encode(other, document.example_id, **options).documents
+        except ExampleFault:  # the template refuses the disguise: nothing is learnt from it
+            return None
+        return _trained(found)
+
+    got, wanted = _trained(document), trained_of(disguise(example))
+    if wanted is None or got == wanted:
+        return []
+    for ours, theirs in zip(got, wanted, strict=True):
+        if len(ours) < len(theirs) and ours in (theirs[: len(ours)], theirs[-len(ours) :]):
+            detail = f"only {len(ours)} of the {len(theirs)} tokens to train on are left"
+            return [Problem("completion_lost", detail, example.origin)]
+    seen = _seen(example)
+    culprit = next((name for n, name in enumerate(seen) if trained_of(disguise(example, n)) != got), "the prompt")
+    detail = f"{culprit} is trained on, such as {_foreign(got, wanted, tokenizer)!r}"
+    return [Problem("seen_trained", detail, example.origin)]
+
+
+def _trained(document: Document) -> list[list[int]]:
+    pairs = zip(document.completions, document.weights, strict=True)
+    return [completion[np.asarray(weights) > 0].tolist() for completion, weights in pairs]
+
+
+def _foreign(got: Sequence[list[int]], wanted: Sequence[list[int]], tokenizer: Tokenizer) -> str:
+    """The first trained tokens that the disguise changes, as text."""
+    ours, theirs = next(pair for pair in zip(got, wanted, strict=True) if pair[0] != pair[1])
+    same = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))
+    return tokenizer.decode(ours[same : same + SNIPPET], skip_special=False)
+
+
+def disguise(example: Example, only: int | None = None) -> Example:
+    """The example with other letters in everything that is only read, or in the one message `only` of these.
+
+    Messages that are only read: all of the prompt, and those of the completions that are not the assistant's; counted
+    through, the prompt first.
+    """
+    if isinstance(example.prompt, str):
+        cut = max(len(example.prompt) - RAW_KEPT, 0)
+        return dataclasses.replace(example, prompt=_other_letters(example.prompt[:cut]) + example.prompt[cut:])
+    number = 0
+
+    def changed(messages: Sequence[dict], prompt: bool) -> tuple[dict, ...]:
+        nonlocal number
+        found = []
+        for message in messages:
+            if prompt or message["role"] != "assistant":
+                if only in (None, number):
+                    message = {**message, "content": _other_letters(message["content"])}
+                number += 1
+            found.append(message)
+        return tuple(found)
+
+    prompt = dataclasses.replace(example.prompt, messages=changed(example.prompt.messages, prompt=True))
+    completions = tuple(changed(completion, prompt=False) for completion in example.completions)
+    return dataclasses.replace(example, prompt=prompt, completions=completions)
+
+
+def _seen(example: Example) -> list[str]:
+    """Names of the messages that are only read, in the order of `disguise`."""
+    if isinstance(example.prompt, str):
+        return []
+    prompt = example.prompt.messages
+    seen = list(enumerate(prompt, start=1))
+    for completion in example.completions:
+        numbered = enumerate(completion, start=1 + len(prompt))
+        seen += [(place, message) for place, message in numbered if message["role"] != "assistant"]
+    return [f"message {place} ({message['role']})" for place, message in seen]
+
+
+def _other_letters(text: str) -> str:
+    return WORDS.sub(lambda found: found[0] if len(found[0]) > 1 else "y" if found[0] == "x" else "x", text)
