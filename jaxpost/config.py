@@ -52,7 +52,7 @@ class DataConfig:
     max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
     on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
     on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
-    # Of real files faults take up to 0.4 % (hh-rlhf), lengths at fitting settings up to 2 %: beyond 5 % a setting is wrong.
+    # Real files lose 0.4 % to faults (hh-rlhf), up to 2 % to length at fitting settings: beyond 5 % a setting is wrong.
     max_dropped: float = key("largest share of the examples that may be dropped", 0.05, low=0, high=1)
     allow: tuple[Refusal, ...] = key("refusals of the preflight that become warnings", ())
 
