@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -167,12 +171,41 @@ def test_allowing_what_does_not_exist_lists_what_does(arguments, capsys):
     "flag, line",
     [
         ("--examples=-1", "error: argument --examples: expected a whole number from 0, got '-1'\n"),
+        (
+            "--kind=pairs",
+            "error: --kind: no format holds 'pairs'; there are sft, preference, ranking, unpaired, prompt\n",
+        ),
         ("--strict=no", "error: argument --strict: invalid choice: 'no' (choose from "),
     ],
 )
 def test_wrong_flags(flag, line, arguments, capsys):
     assert cli.main(["check", *arguments([TEXT], {}), flag]) == 2
     assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "kind, record, shown",
+    [
+        ("ranking", {"prompt": "Name a colour.", "completions": ["Red.", "Green.", "Tuesday."]}, "completion 3: "),
+        ("unpaired", {"prompt": "Name a colour.", "completion": "Red.", "label": True}, "completion 1: "),
+        ("prompt", {"prompt": "Name a colour."}, "prompt: "),
+    ],
+)
+def test_kinds_of_data_whose_stage_may_not_be_there_yet(kind, record, shown, arguments, capsys):
+    records = [record, record | {"prompt": "Name another colour."}]
+    assert cli.main(["check", *arguments(records, {}), f"--kind={kind}"]) == 0
+    out = capsys.readouterr().out
+    assert shown in out and "2 documents to train on: nothing wrong found" in out
+    assert cli.main(["check", *arguments([*records, TEXT], {}), f"--kind={kind}"]) == 2
+
+
+def test_no_device_is_asked_for(arguments):
+    """On a machine whose accelerator is in use, or is not there."""
+    command = [sys.executable, "-m", "jaxpost", "check", *arguments([TALK], {}), "--examples=0"]
+    repository = pathlib.Path(__file__).parents[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "absent"}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_report_and_the_picture(arguments, tmp_path, capsys):
@@ -190,7 +223,7 @@ def test_the_report_and_the_picture(arguments, tmp_path, capsys):
 
 
 def test_the_picture_names_the_extra_it_needs(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["check", *arguments([TALK], {}), f"--out={tmp_path}"]) == 2
     assert capsys.readouterr().err == "error: --out: the picture needs matplotlib: pip install 'jaxpost[plot]'\n"
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpost import cli
+from jaxpost.errors import ConfigError
 
 KIND = {"sft": "sft", "dpo": "preference"}  # the kind of documents that a stage trains on
 PICTURE = "lengths.png"
@@ -15,16 +16,20 @@ def run(arguments: list[str]) -> None:
     parser = cli.config_parser("check")
     parser.add_argument("--examples", type=_count, default=3, metavar="N", help="examples printed token by token (3)")
     parser.add_argument("--out", metavar="DIR", help=f"folder to write {PICTURE} into: histograms of the lengths")
+    parser.add_argument("--kind", help="kind of data, for one that no stage trains on yet (ranking, unpaired, prompt)")
     strict = "false: what is refused is only told, as if data.allow named all of it"
     parser.add_argument("--strict", choices=("true", "false"), default="true", help=strict)
     config, flags = cli.parse_config(parser, arguments)
-    from jaxpost.data import preflight  # after the config is found good: setup loads jax
+    from jaxpost.data import formats, preflight  # after the config is found good: setup loads jax
     from jaxpost.train.setup import open_data, open_model, preflight_findings
 
+    kind, kinds = flags.kind or KIND[config.stage], {form.kind: None for form in formats.FORMATS.values()}
+    if kind not in kinds:
+        raise ConfigError(f"--kind: no format holds {kind!r}; there are {', '.join(kinds)}")
     console = Console()
     model = open_model(config, mesh=None)
     datasets = []
-    data = open_data(config, model, KIND[config.stage], inspect=datasets.append)
+    data = open_data(config, model, kind, inspect=datasets.append)
     report(config, model, data, console, flags)
     findings = [finding for dataset in datasets for finding in preflight_findings(config, model, dataset)]
     allow = config.data.allow if flags.strict == "true" else preflight.REFUSALS
@@ -42,12 +47,13 @@ def report(config, model, data, console: Console, flags) -> None:
     batch = config.batch
     shape = {name: getattr(batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
     loader = Loader(data.train, **shape, branches=data.branches, seed=config.run.seed)
+    packs = len(data.train[0].completions) > 0  # questions without an answer are never rows of a step
     if flags.examples:
         preflight.show_examples(data.train, model.tokenizer, flags.examples, console)
+    if flags.examples and packs:
         preflight.show_row(loader, model.tokenizer, console)
     console.print(data.report.table())
     lengths, repeated = preflight.measure(data.train), preflight.duplicates(data.train)
-    packed = row_statistics(loader)
     table = Table("tokens", title="lengths", title_justify="left")
     for percentile in ("50 %", "90 %", "99 %", "max"):
         table.add_column(percentile, justify="right")
@@ -55,12 +61,13 @@ def report(config, model, data, console: Console, flags) -> None:
         table.add_row(name, *(f"{value:,}" for value in values))
     console.print(table)
     table = Table(title="rows", title_justify="left", show_header=False)
-    table.add_row("padding", f"{100 * packed['padding_share']:.1f} % of {batch.tokens_per_row:,} tokens a row")
-    table.add_row("documents a row", f"{packed['documents_per_row']:.1f}")
+    if packs:
+        packed = row_statistics(loader)
+        table.add_row("padding", f"{100 * packed['padding_share']:.1f} % of {batch.tokens_per_row:,} tokens a row")
+        table.add_row("documents a row", f"{packed['documents_per_row']:.1f}")
     places = ", ".join(f"{short(one)} = {short(other)}" for one, other in repeated[:3])
-    table.add_row(
-        "duplicates", f"{len(repeated):,}" + (f" ({places}{', ...' * (len(repeated) > 3)})" if places else "")
-    )
+    more = ", ..." * (len(repeated) > 3)
+    table.add_row("duplicates", f"{len(repeated):,}" + (f" ({places}{more})" if places else ""))
     console.print(table)
     if flags.out is not None:
         write_picture(config, model, lengths, flags.out, console)

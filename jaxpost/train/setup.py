@@ -132,8 +132,8 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
 
     inspect: called with each Dataset that is read; None refuses what a sample shows to be wrong (data/preflight).
     """
-    branches = BRANCHES[kind]
     train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"), inspect)
+    branches = BRANCHES[kind] if kind in BRANCHES else max(len(d.completions) for d in train.documents)
     identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
     if config.data.eval is not None:
         held_out = _dataset(config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"), inspect)

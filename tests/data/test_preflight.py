@@ -127,18 +127,19 @@ MARKED = (
 )
 MARKED += "{% if add_generation_prompt %}{{ '<bot>' }}{% endif %}"
 BOT = "{{ '<bot>' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+CALLING = BOT.replace("eos_token", "((m.tool_calls or '') | string) + eos_token")
 USER = "{{ m.content + '<user>' }}"
 TOOL = "{% if m.role == 'tool' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
 TEMPLATES = {  # name: (template, what is said of message 3 of the dialogue)
-    "good": (MARKED.replace("MARK", BOT).replace("OTHER", USER), None),
+    "good": (MARKED.replace("MARK", CALLING).replace("OTHER", USER), None),
     "plain": (PLAIN, None),
     "a user's turn": (
-        MARKED.replace("MARK", BOT).replace("OTHER", "{% generation %}" + USER + "{% endgeneration %}"),
+        MARKED.replace("MARK", CALLING).replace("OTHER", "{% generation %}" + USER + "{% endgeneration %}"),
         "message 1 (user) is trained on, such as",
     ),
-    "tool output": (MARKED.replace("MARK", BOT).replace("OTHER", TOOL), "message 3 (tool) is trained on, such as"),
+    "tool output": (MARKED.replace("MARK", CALLING).replace("OTHER", TOOL), "message 3 (tool) is trained on, such as"),
     "the question repeated in the answer": (
-        MARKED.replace("MARK", BOT.replace("m.content", "messages[0].content + m.content")).replace("OTHER", USER),
+        MARKED.replace("MARK", CALLING.replace("m.content", "messages[0].content + m.content")).replace("OTHER", USER),
         "message 1 (user) is trained on, such as",
     ),
 }  # fmt: skip
@@ -163,6 +164,16 @@ def test_weight_on_what_is_only_read_is_found_without_asking_the_masks(name, tok
     found = [str(finding) for finding in findings if finding.reason == "seen_trained"]
     assert bool(found) == (said is not None) and len(findings) == len(found), findings
     assert said is None or said in found[0]
+
+
+def test_a_template_that_leaves_out_tool_calls_is_found(tokenizer, write_jsonl):
+    """The answer that is trained would be an end of turn and nothing else."""
+    path = write_jsonl({"messages": [*TALK[:1], TALK[1] | {"content": ""}, *TALK[2:]]})
+    for bot, count in ((BOT, 1), (CALLING, 0)):
+        template = Template(MARKED.replace("MARK", bot).replace("OTHER", USER), tokenizer)
+        _, findings = findings_of(path, tokenizer, template)
+        assert [f.reason for f in findings] == ["completion_lost"] * count
+        assert not findings or "the template leaves out the tool calls of message 2" in str(findings[0])
 
 
 def test_a_mask_that_loses_the_end_of_an_answer_is_found(tokenizer, write_jsonl):

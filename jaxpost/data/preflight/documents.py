@@ -41,7 +41,7 @@ class _Rules:
             self._pad = None
 
     def check(self, document: Document) -> list[Problem]:
-        found = {}
+        found = {} if document.completions else self._check_ids(document.prompt)
         for completion, weights in zip(document.completions, document.weights, strict=True):
             found |= self._check_ids(np.concatenate([document.prompt, completion]))
             trained = completion[np.asarray(weights) > 0]

@@ -2,7 +2,7 @@
 
 The code that makes the masks is not asked. Every example is rendered once more in disguise: with other letters in all
 that the model is only to read. The trained tokens must be the same ones; where they are not, somebody else's words are
-among them, or some of the assistant's are missing.
+among them, or some of the assistant's are missing. The other way round, they must change with each tool call.
 """
 
 import dataclasses
@@ -38,43 +38,66 @@ def check_examples(
         if example.prompt is None:  # raw text: all of it is trained
             continue
         rendered += 1
-        problems += _check_mask(document, example, tokenizer, template)
-        problems += _check_prompt(example, template)
+        view = _View(document, example, tokenizer, template)
+        problems += [*view.check_mask(), *view.check_calls(), *view.check_prompt()]
     return rendered, problems
 
 
-def _check_prompt(example: Example, template: Template) -> list[Problem]:
-    """The prompt that the template gives in use begins the text that is trained on, at every trained turn."""
-    if not isinstance(example.prompt, Conversation):
+class _View:
+    """One example beside its document; each check returns its problems."""
+
+    def __init__(self, document: Document, example: Example, tokenizer: Tokenizer, template: Template):
+        self._example, self._tokenizer, self._template = example, tokenizer, template
+        self._trained = _trained(document)
+
+    def check_mask(self) -> list[Problem]:
+        """The trained tokens do not change with what is only read."""
+        example, got, wanted = self._example, self._trained, self._trained_of(disguise(self._example))
+        if wanted is None or got == wanted:
+            return []
+        for ours, theirs in zip(got, wanted, strict=True):
+            if len(ours) < len(theirs) and ours in (theirs[: len(ours)], theirs[-len(ours) :]):
+                detail = f"only {len(ours)} of the {len(theirs)} tokens to train on are left"
+                return [Problem("completion_lost", detail, example.origin)]
+        changed = lambda number: self._trained_of(disguise(example, number)) != got  # noqa: E731
+        culprit = next((name for n, name in enumerate(_seen(example)) if changed(n)), "the prompt")
+        detail = f"{culprit} is trained on, such as {_foreign(got, wanted, self._tokenizer)!r}"
+        return [Problem("seen_trained", detail, example.origin)]
+
+    def check_calls(self) -> list[Problem]:
+        """The trained tokens change with every tool call that the model is to learn."""
+        for index, completion in enumerate(self._example.completions):
+            for place, message in enumerate(completion):
+                if not isinstance(message, dict) or not message.get("tool_calls"):
+                    continue
+                without = {**message, "tool_calls": [_renamed(call) for call in message["tool_calls"]]}
+                changed = (*completion[:place], without, *completion[place + 1 :])
+                others = (*self._example.completions[:index], changed, *self._example.completions[index + 1 :])
+                if self._trained_of(dataclasses.replace(self._example, completions=others)) == self._trained:
+                    number = 1 + len(self._example.prompt.messages) + place
+                    detail = f"the template leaves out the tool calls of message {number}"
+                    return [Problem("completion_lost", detail, self._example.origin)]
         return []
-    seen, tools = example.prompt.messages, example.prompt.tools
-    for completion in example.completions:
-        detail = template.generation_prefix_fault((*seen, *completion), tools, trained_from=len(seen))
-        if detail:
-            return [Problem("prompt_not_prefix", detail, example.origin)]
-    return []
 
+    def check_prompt(self) -> list[Problem]:
+        """The prompt that the template gives in use begins the text that is trained on, at every trained turn."""
+        if not isinstance(self._example.prompt, Conversation):
+            return []
+        seen, tools = self._example.prompt.messages, self._example.prompt.tools
+        for completion in self._example.completions:
+            detail = self._template.generation_prefix_fault((*seen, *completion), tools, trained_from=len(seen))
+            if detail:
+                return [Problem("prompt_not_prefix", detail, self._example.origin)]
+        return []
 
-def _check_mask(document: Document, example: Example, tokenizer: Tokenizer, template: Template) -> list[Problem]:
-    def trained_of(other: Example) -> list[list[int]] | None:
-        options = {"template": template, "tokenizer": tokenizer, "max_tokens": sys.maxsize, "on_long": "drop"}
+    def _trained_of(self, example: Example) -> list[list[int]] | None:
+        """The trained tokens of another example, encoded whole; None where the template refuses it."""
+        options = {"template": self._template, "tokenizer": self._tokenizer, "max_tokens": sys.maxsize}
         try:
-            (found,) = encode(other, document.example_id, **options).documents
-        except ExampleFault:  # the template refuses the disguise: nothing is learnt from it
+            (found,) = encode(example, 0, on_long="drop", **options).documents
+        except ExampleFault:
             return None
         return _trained(found)
-
-    got, wanted = _trained(document), trained_of(disguise(example))
-    if wanted is None or got == wanted:
-        return []
-    for ours, theirs in zip(got, wanted, strict=True):
-        if len(ours) < len(theirs) and ours in (theirs[: len(ours)], theirs[-len(ours) :]):
-            detail = f"only {len(ours)} of the {len(theirs)} tokens to train on are left"
-            return [Problem("completion_lost", detail, example.origin)]
-    seen = _seen(example)
-    culprit = next((name for n, name in enumerate(seen) if trained_of(disguise(example, n)) != got), "the prompt")
-    detail = f"{culprit} is trained on, such as {_foreign(got, wanted, tokenizer)!r}"
-    return [Problem("seen_trained", detail, example.origin)]
 
 
 def _trained(document: Document) -> list[list[int]]:
@@ -126,6 +149,11 @@ def _seen(example: Example) -> list[str]:
         numbered = enumerate(completion, start=1 + len(prompt))
         seen += [(place, message) for place, message in numbered if message["role"] != "assistant"]
     return [f"message {place} ({message['role']})" for place, message in seen]
+
+
+def _renamed(call: dict) -> dict:
+    function = call["function"]
+    return {**call, "function": {**function, "name": _other_letters(function["name"])}}
 
 
 def _other_letters(text: str) -> str:

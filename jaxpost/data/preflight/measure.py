@@ -13,7 +13,7 @@ PERCENTILES = (50, 90, 99, 100)
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens, int64[n] each, one value for every completion of every document.
+    """Tokens, int64[n] each, one value for every completion of every document (one for a question without any).
 
     prompt: before the first trained token. completion: the trained tokens. whole: the sequence, seen tokens between
     and behind the trained ones included.
@@ -36,6 +36,8 @@ def measure(documents: Sequence[Document]) -> Lengths:
 
 
 def _lengths(document: Document) -> Iterator[tuple[int, int, int]]:
+    if not document.completions:  # a question
+        yield len(document.prompt), 0, len(document.prompt)
     for completion, weights in zip(document.completions, document.weights, strict=True):
         trained = np.flatnonzero(weights)
         first = int(trained[0]) if len(trained) else len(completion)
