@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     model = open_model(config, mesh=None)
     datasets = []
     data = open_data(config, model, kind, inspect=datasets.append)
-    report(config, model, data, console, flags)
+    report(config, model, data, preflight.duplicates(datasets[0].documents), console, flags)
     findings = [finding for dataset in datasets for finding in preflight_findings(config, model, dataset)]
     allow = config.data.allow if flags.strict == "true" else preflight.REFUSALS
     for finding in preflight.refuse(findings, allow):
@@ -39,8 +39,8 @@ def run(arguments: list[str]) -> None:
     console.print(f"{len(data.train):,} documents to train on: {verdict}", highlight=False)
 
 
-def report(config, model, data, console: Console, flags) -> None:
-    """Examples, a packed row, and what the documents measure."""
+def report(config, model, data, repeated, console: Console, flags) -> None:
+    """Examples, a packed row, and what the documents measure. repeated: duplicates, held-out examples among them."""
     from jaxpost.data import preflight
     from jaxpost.data.loader import Loader, row_statistics
 
@@ -53,7 +53,7 @@ def report(config, model, data, console: Console, flags) -> None:
     if flags.examples and packs:
         preflight.show_row(loader, model.tokenizer, console)
     console.print(data.report.table())
-    lengths, repeated = preflight.measure(data.train), preflight.duplicates(data.train)
+    lengths = preflight.measure(data.train)
     table = Table("tokens", title="lengths", title_justify="left")
     for percentile in ("50 %", "90 %", "99 %", "max"):
         table.add_column(percentile, justify="right")

@@ -259,7 +259,13 @@ def test_pairs_are_shown_in_three_parts_and_long_ones_cut_in_the_middle(tokenize
     text = shown(pair([BOS, *many], [52, EOS], [53, EOS]), tokenizer, most_tokens=10)
     places = [text.index(part) for part in ("prompt: 51", "chosen: 2", "rejected: 2")]
     assert places == sorted(places)
-    assert text.count(" Yes") == 9 and f"... {len(many) + 1 - 10} tokens ..." in text
+    assert text.count(" Yes") == 9 and text.count("[[") == text.count("]]") and f"... {len(many) + 1 - 10} tokens ..." in text
+
+
+def test_brackets_close_where_the_middle_of_an_answer_is_left_out(tokenizer):
+    words = tokenizer.encode(" ".join(["Yes"] * 50))
+    text = shown(linear([BOS, *words], [0, *[1] * len(words)]), tokenizer, most_tokens=6)
+    assert text.split("]] ... 45 tokens ... [[")[1:] == [" Yes| Yes| Yes]]\n"], text
 
 
 def test_a_packed_row_is_shown_with_its_documents_and_its_empty_end(tokenizer):

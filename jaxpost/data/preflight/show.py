@@ -14,7 +14,7 @@ from jaxpost.types import Document
 TRAINED = ("black on green3", "black on pale_green3")
 SEEN = ("white on grey23", "white on grey35")
 PADDING = "black on orange3"
-SPECIAL = "bold magenta"
+SPECIAL = {True: "bold purple4", False: "bold plum1"}  # trained, seen: each to be read on its ground
 DOTS_SHOWN = 40  # of the empty end of a row
 DOCUMENTS_SHOWN = 2  # of a row, and its last one
 
@@ -69,7 +69,7 @@ def show_legend(console: Console) -> None:
     legend = Text("legend: ")
     for name, style in (("trained", TRAINED[0]), ("seen", SEEN[0]), ("padding", PADDING)):
         legend.append(f" {name} ", style).append(" ")
-    console.print(legend.append("special", SPECIAL))
+    console.print(legend.append("special", SPECIAL[False]))
 
 
 def _show_part(name: str, ids, trained, tokenizer: Tokenizer, console: Console, most_tokens: int) -> None:
@@ -97,8 +97,8 @@ def _tokens(ids: list[int], trained: list[bool], tokenizer: Tokenizer, colourles
         style = (TRAINED if learned else SEEN)[place % 2]
         word = tokenizer.show(index).replace("\n", "⏎\n")
         if colourless:
-            begins = learned and (place == 0 or not trained[place - 1])
-            ends = learned and (place == len(ids) - 1 or not trained[place + 1])
+            begins = learned and (place in (0, left_out.stop) or not trained[place - 1])
+            ends = learned and (place in (len(ids) - 1, left_out.start - 1) or not trained[place + 1])
             word = ("[[" if begins else "") + word + ("]]" if ends else "|")
-        text.append(word, f"{style} {SPECIAL}" if tokenizer.is_special(index) else style)
+        text.append(word, f"{style} {SPECIAL[learned]}" if tokenizer.is_special(index) else style)
     return text
