@@ -1,41 +1,44 @@
-"""A dataset: files of records as a compact sequence of documents, and a report of what became of them."""
+"""A dataset: files of records as a sequence of documents, and a report of what became of them."""
 
-import collections
 import dataclasses
-import hashlib
-import itertools
-import math
-import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import rich.table
+import rich.progress
+from rich.console import Console
 
-from jaxpost.data.encode import encode
-from jaxpost.data.formats import FORMATS, Example, ExampleFault, detect, parse
+from jaxpost.data.cache import Cache
+from jaxpost.data.chunks import Chunk, Encoding
+from jaxpost.data.documents import Documents, LazyDocuments
+from jaxpost.data.formats import FORMATS, Example, detect, parse
+from jaxpost.data.mixture import amounts, mix
+from jaxpost.data.report import Report
 from jaxpost.data.sources import Source, open_source
 from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
-from jaxpost.errors import DataError
-from jaxpost.types import Document, Origin
+from jaxpost.data.workers import Encoder, Job, Task, Workers, cores
+from jaxpost.errors import ConfigError, DataError
 
-ORIGINS_SHOWN = 3
-LENGTH_REASONS = ("too_long", "longer_than_row")
-PERCENTILES = (50, 90, 99, 100)
+CHUNK = 1024  # records of a chunk that is kept on disk
+PIECE = 256  # most records of a task of a window
+LAZY_RECORDS = 100_000  # not yet in the cache: from here on "auto" does not tokenise them all before the first step
+WORTH_SECONDS = 4.0  # of work left for one process: from here on it is worth starting others
+MOST_WORKERS = 16  # that are started unasked
+MOST_LAZY_WORKERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """documents: sequence of Document. names: the files. fingerprint: sha256 of the documents' tokens and weights.
-    sources: the opened files.
+    """documents: see data/documents.py. sources: the opened files, names: their paths.
 
-    The fingerprint is of the result, not of what went in: a template may write today's date, which no key of the input
-    tells.
+    fingerprint: sha256 of the documents' tokens and weights, which is of the result and not of what went in: a template
+    may write today's date, which no key of the input tells. None where they are not all tokenised.
     """
 
-    documents: "Documents"
-    report: "Report"
-    fingerprint: str
+    documents: Documents | LazyDocuments
+    report: Report
+    fingerprint: str | None
     names: tuple[str, ...]
     sources: tuple[Source, ...]
 
@@ -59,12 +62,16 @@ def load_dataset(
     on_long: str = "drop",
     format: str = "auto",
     row_tokens: int | None = None,
+    tokenize: str = "ahead",
+    workers: int | None = 0,
+    cache_dir=None,
 ) -> Dataset:
     """Reads, parses and tokenises files into documents.
 
     Args:
-      paths: a path, a list of paths, or a list of (path, weight). A weight of 2 takes every example twice, 0.5 every
-        second one, 1.5 every example and every second one again: by index, so without any draw.
+      paths: a path, a list of paths, or of pairs (path, amount). An amount is a weight (2 takes every example twice,
+        0.5 every second one, 1.5 every example and every second one again: by index, so without any draw) or
+        {"tokens": n}: as many tokens as whole examples make of it, repeated or cut, the same ones in every epoch.
       kind: "sft" (conversations, prompts with completions, raw text), "preference" (pairs), "ranking" (also pairs),
         "unpaired" (single completions with a label) or "prompt" (questions alone).
       max_tokens: longest prompt and completion together, in tokens.
@@ -72,251 +79,153 @@ def load_dataset(
       on_long: what becomes of an example beyond max_tokens: "drop" or "truncate" (see `encode`).
       format: name of a format, or "auto" to detect it per file; it then holds for all records of the file.
       row_tokens: a document that takes more in a row is dropped under `longer_than_row`.
+      tokenize: "ahead" of everything, "lazy" by windows as they are asked for, or "auto": lazy where much is not
+        cached. The documents and their order are the same.
+      workers: processes that tokenise; 0 = this one; None = by cores and work. The result does not depend on it.
+      cache_dir: folder of tokenised chunks, from which a later call reads what it would tokenise; None = none.
 
     Raises:
       DataError: a fault of a file (missing, empty, broken, of another kind, of mixed formats); with on_bad="error"
-        any fault; nothing left after dropping.
+        any fault; nothing left after dropping. Lazy documents raise it when met.
     """
-    weighted = _weighted(paths)
-    sources = [open_source(path) for path, _ in weighted]
-    report = Report(names=tuple(source.path for source in sources))
-    builder = _Builder(report.names)
-    for number, (source, (_, weight)) in enumerate(zip(sources, weighted, strict=True)):
-        first_id = sum(map(len, sources[:number]))
-        for index, example in _examples(source, format, kind, report, on_bad):
-            report.read += 1
-            try:
-                encoded = encode(
-                    example,
-                    first_id + index,
-                    template=template,
-                    tokenizer=tokenizer,
-                    max_tokens=max_tokens,
-                    on_long=on_long,
-                )
-                _check_row(encoded.documents, row_tokens)
-            except ExampleFault as fault:
-                report.drop(fault, on_bad)
-                continue
-            report.kept += 1
-            report.truncated += encoded.truncated
-            copies = math.floor((index + 1) * weight) - math.floor(index * weight)
-            builder.add(encoded.documents, number, copies)
-    if not builder.order:
-        raise DataError(f"{', '.join(report.names)}: nothing left: {report.faults() or 'the weights take no example'}")
-    documents = builder.build()
+    pairs = amounts(paths)
+    sources = tuple(open_source(path) for path, _ in pairs)
+    formats = [_format(source, format, kind) for source in sources]
+    options = (kind, template, tokenizer, max_tokens, on_long, row_tokens)
+    jobs = [
+        Job(source.path, source.fingerprint, Encoding(name, format == "auto", *options))
+        for source, name in zip(sources, formats, strict=True)
+    ]
+    report = Report(tuple(source.path for source in sources), formats)
+    records = _Records(sources, jobs, report, on_bad, workers)
+    caches = [Cache(cache_dir, job) for job in jobs]
+    budgets = any(isinstance(amount, dict) for _, amount in pairs)
+    if tokenize == "lazy" and budgets:
+        raise ConfigError("data.tokenize: 'lazy' cannot fill a budget of tokens; give weights, or tokenize='ahead'")
+    if tokenize == "auto" and not budgets and records.missing(caches) >= LAZY_RECORDS:
+        tokenize = "lazy"
+    counts = [len(source) for source in sources]
+    if tokenize == "lazy":
+        report.lazy = True
+        documents = LazyDocuments(mix(report.names, counts, pairs), records.encode, records.close)
+        return Dataset(documents, report, None, report.names, sources)
+    chunks = list(records.all(caches))
+    tokens = np.concatenate([chunk.record_costs for chunk in chunks])
+    documents = Documents(chunks, mix(report.names, counts, pairs, tokens))
+    if not len(documents):
+        faults = report.faults() or "the weights take no example"
+        raise DataError(f"{', '.join(report.names)}: nothing left: {faults}")
     report.measure(documents)
-    return Dataset(documents, report, documents.fingerprint(), report.names, tuple(sources))
+    return Dataset(documents, report, documents.fingerprint(), report.names, sources)
 
 
-def _weighted(paths) -> list[tuple[str, float]]:
-    if isinstance(paths, str | os.PathLike):
-        paths = [paths]
-    weighted = [(p, 1.0) if isinstance(p, str | os.PathLike) else (p[0], float(p[1])) for p in paths]
-    for path, weight in weighted:
-        if not (weight > 0 and math.isfinite(weight)):
-            raise DataError(f"{path}: the weight of a file must be above 0, found {weight}")
-    if not weighted:
-        raise DataError("data.train: no files given")
-    return weighted
-
-
-def _examples(source: Source, format: str, kind: str, report: "Report", on_bad: str):
-    """(index, Example) of all records without a fault; the others go to the report."""
-    found = None
-    for index in range(len(source)):
-        record, origin = source[index]
-        this = detect(record, origin) if format == "auto" else format
-        if found is None:
-            found = this
-            _check_kind(source, found, kind)
-            report.formats.append(found)
-        elif this != found:
-            raise DataError(f"{origin}: the record has the keys of format {this}, but the file began with {found}")
-        try:
-            example = parse(record, origin, found, kind)
-        except ExampleFault as fault:
-            report.read += 1
-            report.drop(fault, on_bad)
-            continue
-        yield index, example
-
-
-def _check_kind(source: Source, format: str, kind: str) -> None:
-    if format in FORMATS and not FORMATS[format].fits(kind):
+def _format(source: Source, format: str, kind: str) -> str:
+    """The format of a source, by its first record; DataError where it holds another kind of data."""
+    name = detect(*source[0]) if format == "auto" else format
+    if name in FORMATS and not FORMATS[name].fits(kind):
         fitting = ", ".join(f.name for f in FORMATS.values() if f.fits(kind))
         raise DataError(
-            f"{source.path}: found the format {format}, which holds {FORMATS[format].kind} data; "
+            f"{source.path}: found the format {name}, which holds {FORMATS[name].kind} data; "
             f"{kind} training takes {fitting}"
         )
+    return name
 
 
-def _check_row(documents: list[Document], row_tokens: int | None) -> None:
-    for document in documents:
-        if row_tokens is not None and document.cost > row_tokens:
-            detail = f"takes {document.cost} tokens, but a row holds {row_tokens} (batch.tokens_per_row)"
-            raise ExampleFault("longer_than_row", detail, document.origin)
+class _Records:
+    """All records of the sources, numbered one after another, and what encodes them."""
+
+    def __init__(self, sources: Sequence[Source], jobs: list[Job], report: Report, on_bad: str, workers: int | None):
+        self.report = report
+        self._jobs, self._on_bad = jobs, on_bad
+        self._counts = [len(source) for source in sources]
+        self._first_ids = np.cumsum([0, *self._counts])
+        self._encoder = Encoder(jobs, dict(enumerate(sources)))
+        self._worker_count, self._workers = workers, None
+        self._met: np.ndarray | None = None  # bool[records], of lazy reading: those that the report counts
+
+    def missing(self, caches: list[Cache]) -> int:
+        """Records that are in no cache."""
+        return sum(len(task.records) for task in self._tasks() if not caches[task.job].has(*_span(task)))
+
+    def all(self, caches: list[Cache]) -> Iterator[Chunk]:
+        """The chunks of all records in order, from the cache or encoded; the report counts them."""
+        tasks = self._tasks()
+        kept = [caches[task.job].has(*_span(task)) for task in tasks]
+        fresh = self._encode_all([task for task, known in zip(tasks, kept, strict=True) if not known])
+        try:
+            for task, known in zip(tasks, kept, strict=True):
+                cache, span = caches[task.job], _span(task)
+                chunk = cache.read(*span) if known else next(fresh)
+                if chunk is None or not known:
+                    chunk = chunk or self._encoder.encode(task)  # what is damaged is made again
+                    cache.write(*span, chunk)
+                self.report.add(chunk, self._on_bad)
+                yield chunk
+        finally:
+            fresh.close()
+            self.close()
+
+    def encode(self, example_ids: np.ndarray) -> list[Chunk]:
+        """The chunks of these examples, which are sorted and distinct; the report counts those that are new."""
+        if self._met is None:
+            self._met = np.zeros(self._first_ids[-1], bool)
+        bounds = np.searchsorted(example_ids, self._first_ids)
+        tasks = [
+            Task(job, example_ids[start : min(start + PIECE, bounds[job + 1])] - self._first_ids[job])
+            for job in range(len(self._jobs))
+            for start in range(bounds[job], bounds[job + 1], PIECE)
+        ]
+        count = min(MOST_LAZY_WORKERS, cores() - 1) if self._worker_count is None else self._worker_count
+        chunks = list(self._started(count).map(tasks)) if count else list(map(self._encoder.encode, tasks))
+        for task, chunk in zip(tasks, chunks, strict=True):
+            ids = task.records + self._first_ids[task.job]
+            self.report.add(chunk, self._on_bad, ~self._met[ids])
+            self._met[ids] = True
+        return chunks
+
+    def close(self) -> None:
+        """Ends the processes; more of them start where more is to be encoded."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def _tasks(self) -> list[Task]:
+        return [
+            Task(job, np.arange(start, min(start + CHUNK, count)))
+            for job, count in enumerate(self._counts)
+            for start in range(0, count, CHUNK)
+        ]
+
+    def _encode_all(self, tasks: list[Task]) -> Iterator[Chunk]:
+        """Encodes tasks in their order, with a progress bar."""
+        columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+        console = Console()
+        hidden = not (tasks and console.is_terminal)
+        with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+            shown = bar.add_task("tokenising", total=sum(len(task.records) for task in tasks))
+            for task, chunk in zip(tasks, self._chunks_of(tasks), strict=True):
+                bar.advance(shown, len(task.records))
+                yield chunk
+
+    def _chunks_of(self, tasks: list[Task]) -> Iterator[Chunk]:
+        """In this process as long as the work left is not worth the start of others, or they are asked for."""
+        count, started = self._worker_count, time.perf_counter()
+        for number, task in enumerate(tasks):
+            if count is None:
+                left = (time.perf_counter() - started) / max(number, 1) * (len(tasks) - number)
+                several = min(cores(), MOST_WORKERS) if left > WORTH_SECONDS and cores() > 1 else 0
+            else:
+                several = count if len(tasks) > 1 else 0
+            if several:
+                yield from self._started(several).map(tasks[number:])
+                return
+            yield self._encoder.encode(task)
+
+    def _started(self, count: int) -> Workers:
+        if self._workers is None:
+            self._workers = Workers(count, self._jobs)
+        return self._workers
 
 
-class Documents(Sequence):
-    """Documents in a few flat arrays (8 bytes a token), each built when asked for; its arrays are views."""
-
-    def __init__(self, names, tokens, weights, part_starts, first_parts, example_ids, sources, lines, order, values):
-        self._names, self._tokens, self._weights = names, tokens, weights
-        self._part_starts = part_starts  # of prompts and completions, one after another; one more than there are
-        self._first_parts = first_parts  # part that is each document's prompt; one more than there are
-        self._example_ids, self._sources, self._lines = example_ids, sources, lines
-        self._values = values  # {name: one for each part}, 0 at prompts
-        self._order = order  # document at each index: a weight above 1 repeats some
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> Document:
-        d = self._order[index]
-        starts = self._part_starts[self._first_parts[d] : self._first_parts[d + 1] + 1]
-        parts = [slice(start, end) for start, end in itertools.pairwise(starts)]
-        return Document(
-            prompt=self._tokens[parts[0]],
-            completions=tuple(self._tokens[part] for part in parts[1:]),
-            weights=tuple(self._weights[part] for part in parts[1:]),
-            example_id=int(self._example_ids[d]),
-            origin=Origin(self._names[self._sources[d]], int(self._lines[d])),
-            completion={
-                name: tuple(values[self._first_parts[d] + 1 : self._first_parts[d + 1]].tolist())
-                for name, values in self._values.items()
-            },
-        )
-
-    @property
-    def costs(self) -> np.ndarray:
-        """`Document.cost` of each, int64[len], without building any."""
-        prompts = self._first_parts[:-1]
-        sizes = np.diff(self._part_starts[self._first_parts])
-        completions = np.diff(self._first_parts) - 1
-        linear = self._part_starts[prompts + 1] == self._part_starts[prompts]
-        return np.where(linear, sizes, sizes - 1 + completions)[self._order]
-
-    def fingerprint(self) -> str:
-        """sha256 of all documents in order: tokens, weights, boundaries, example ids and values of completions."""
-        digest = hashlib.sha256()
-        arrays = (self._tokens, self._weights, self._part_starts, self._first_parts, self._example_ids, self._order)
-        for array in (*arrays, *self._values.values()):
-            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
-
-    @property
-    def example_ids(self) -> np.ndarray:
-        """`Document.example_id` of each, int[len]."""
-        return self._example_ids[self._order]
-
-    @property
-    def trained(self) -> int:
-        """Tokens with a weight, repetitions counted."""
-        ends = np.concatenate([[0], np.cumsum(self._weights > 0)])[self._part_starts[self._first_parts]]
-        return int(np.diff(ends)[self._order].sum())
-
-
-class _Builder:
-    def __init__(self, names: tuple[str, ...]):
-        self.names, self.order = names, []
-        self._tokens, self._weights, self._part_sizes = [], [], []
-        self._first_parts, self._example_ids, self._sources, self._lines = [0], [], [], []
-        self._values = {}
-
-    def add(self, documents: list[Document], source: int, copies: int) -> None:
-        for document in documents if copies else ():
-            self.order += [len(self._example_ids)] * copies
-            parts = (document.prompt, *document.completions)
-            self._tokens += parts
-            self._weights += (np.zeros(len(document.prompt), np.float32), *document.weights)
-            self._part_sizes += map(len, parts)
-            for name, values in document.completion.items():
-                self._values.setdefault(name, []).extend((0.0, *values))
-            self._first_parts.append(self._first_parts[-1] + len(parts))
-            self._example_ids.append(document.example_id)
-            self._sources.append(source)
-            self._lines.append(document.origin.line)
-
-    def build(self) -> Documents:
-        return Documents(
-            self.names,
-            np.concatenate(self._tokens),
-            np.concatenate(self._weights),
-            np.concatenate([[0], np.cumsum(self._part_sizes)]),
-            np.array(self._first_parts),
-            np.array(self._example_ids),
-            np.array(self._sources),
-            np.array(self._lines),
-            np.array(self.order),
-            {name: np.array(values, np.float32) for name, values in self._values.items()},
-        )
-
-
-@dataclasses.dataclass
-class Report:
-    """What became of the examples; `str(report)` is a few lines of text.
-
-    read = kept + all of `dropped`. documents counts repetitions by weight and the pieces of long texts; tokens and
-    trained_tokens are of these, shared prompts once. dropped: {reason: count}, origins: {reason: the first three}.
-    percentiles: {50, 90, 99, 100: tokens of a document in a row}.
-    """
-
-    names: tuple[str, ...]
-    formats: list[str] = dataclasses.field(default_factory=list)
-    read: int = 0
-    kept: int = 0
-    documents: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    percentiles: dict[int, int] = dataclasses.field(default_factory=dict)
-    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    origins: dict[str, list[ExampleFault]] = dataclasses.field(default_factory=dict)
-
-    def drop(self, fault: ExampleFault, on_bad: str) -> None:
-        """Counts the fault, or raises it where on_bad is "error" (being too long is no fault of that kind)."""
-        if on_bad == "error" and fault.reason not in LENGTH_REASONS:
-            raise fault
-        self.dropped[fault.reason] += 1
-        if self.dropped[fault.reason] <= ORIGINS_SHOWN:
-            self.origins.setdefault(fault.reason, []).append(fault)
-
-    def measure(self, documents: Documents) -> None:
-        costs = documents.costs
-        self.documents, self.tokens, self.trained_tokens = len(documents), int(costs.sum()), documents.trained
-        self.percentiles = {p: int(np.percentile(costs, p, method="higher")) for p in PERCENTILES}
-
-    def faults(self) -> str:
-        """One line: the counts by reason, and where the first of the commonest is."""
-        if not self.dropped:
-            return ""
-        counts = ", ".join(f"{reason} {count}" for reason, count in self.dropped.most_common())
-        return f"{self.dropped.total()} of {self.read} examples dropped ({counts}); first: {self._first()}"
-
-    def _first(self) -> str:
-        return str(self.origins[self.dropped.most_common(1)[0][0]][0])
-
-    def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs for a table."""
-        files = [("file", f"{name} ({form})") for name, form in zip(self.names, self.formats, strict=True)]
-        lengths = ", ".join(f"{'max' if p == 100 else f'{p} %'} {n:,}" for p, n in self.percentiles.items())
-        rows = [*files, ("examples read", f"{self.read:,}"), ("examples kept", f"{self.kept:,}")]
-        for reason, count in self.dropped.most_common():
-            where = ", ".join(str(fault.origin).rpartition("/")[2] for fault in self.origins[reason])
-            rows.append((f"dropped: {reason}", f"{count:,} ({where}{', ...' if count > ORIGINS_SHOWN else ''})"))
-        rows += [("truncated", f"{self.truncated:,}")] if self.truncated else []
-        trained = f"{self.tokens:,}, of which {100 * self.trained_tokens / max(self.tokens, 1):.1f} % trained"
-        return [*rows, ("documents", f"{self.documents:,}"), ("tokens", trained), ("tokens a document", lengths)]
-
-    def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-    def table(self) -> rich.table.Table:
-        """The same as a rich table, for the console."""
-        table = rich.table.Table("data", "", show_header=False)
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+def _span(task: Task) -> tuple[int, int]:
+    return int(task.records[0]), int(task.records[-1]) + 1

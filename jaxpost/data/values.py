@@ -143,6 +143,10 @@ class _Attached(Sequence):
     def __len__(self) -> int:
         return len(self._documents)
 
+    def __getattr__(self, name: str):
+        """What else the documents know (`members`, `mixture`, ...) holds for these too."""
+        return getattr(self._documents, name)
+
     def __getitem__(self, index: int) -> Document:
         document, values = self._documents[index], self._store[index]
         if [len(v) for v in values] != [len(c) for c in document.completions]:

@@ -1,5 +1,6 @@
 """The order of the data: each document once an epoch, any step from any start, the same for every host."""
 
+import json
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpost.data.loader import Loader, row_statistics
+from jaxpost.data.mixture import mix
 from jaxpost.data.rows import pack
 from jaxpost.errors import DataError
 from tests.data.test_rows import assert_same, branching, linear
@@ -25,6 +27,22 @@ class Documents:
     def __getitem__(self, index):
         self.asked.append(index)
         return linear([index + 1] * self.costs[index], index)
+
+
+class Grouped(Documents):
+    """Entries of so many documents each, whose costs are known."""
+
+    def __init__(self, costs, sizes):
+        super().__init__(costs)
+        self.groups = np.split(np.arange(len(costs)), np.cumsum(sizes)[:-1])
+        self.entries = len(sizes)
+
+    def __len__(self):
+        return self.entries
+
+    def members(self, entries):
+        indices = np.concatenate([self.groups[entry] for entry in entries])
+        return indices, np.array(self.costs, int)[indices]
 
 
 def make_loader(documents=None, **changes):
@@ -161,10 +179,36 @@ class TestRandomAccess:
         assert len(set(documents.asked)) == 32
 
     def test_known_costs_are_not_read(self):
-        documents = Documents([20] * 320)
-        loader = make_loader(documents, costs=np.array(documents.costs))
-        loader.total_steps(2)
+        documents = Grouped([20] * 320, [1] * 320)
+        make_loader(documents).total_steps(2)
         assert documents.asked == []
+
+    @given(st.lists(st.integers(0, 3), min_size=1, max_size=40).filter(any), st.integers(1, 9))
+    @settings(deadline=None, max_examples=30)
+    def test_the_order_is_over_entries(self, sizes, window):
+        """Documents of an entry go where the entry goes: the windows of entries are those of as many plain ones."""
+        grouped = Grouped([3] * sum(sizes), sizes)
+        loader, plain = make_loader(grouped, window=window), make_loader(Documents([3] * len(sizes)), window=window)
+        assert sorted(documents_of_epoch(loader, 0)) == list(range(sum(sizes)))
+        for number in range(-(-len(sizes) // window)):
+            entries = [index for row in plain.window_rows(1, number) for index in row]
+            members = [index for row in loader.window_rows(1, number) for index in row]
+            assert sorted(members) == sorted(grouped.members(np.array(entries))[0].tolist())
+
+    def test_data_without_any_document_end(self):
+        with pytest.raises(DataError, match="no documents: every example was dropped"):
+            make_loader(Grouped([], [0] * 7)).batch(0)
+
+    @pytest.mark.parametrize("step", [1, 15, 30])
+    def test_a_saved_plan_spares_the_windows_before(self, step):
+        """A resumed run reads the documents of its own window alone."""
+        first = make_loader(window=16)
+        first.batch(step)
+        documents = Documents(first.documents.costs)
+        again = make_loader(documents, window=16, plan=json.loads(json.dumps(first.plan())))
+        assert_same(again.batch(step), first.batch(step))
+        assert again.place(step) == first.place(step)
+        assert len(set(documents.asked)) <= 3 * 16  # its own, and those that its last row reaches into
 
     def test_plans_that_were_forgotten_are_made_again(self):
         """More windows than are kept, from several threads at once."""
@@ -248,10 +292,10 @@ class TestIterate:
     @pytest.mark.parametrize("known", [False, True])
     def test_an_error_reaches_the_reader(self, known):
         """An IndexError of the documents is a fault, and not taken for the end of the data."""
-        documents = Documents([5] * 40)
-        documents.__class__ = type("Cut", (Documents,), {"__len__": lambda self: 50})
-        loader = make_loader(documents, costs=[5] * 50 if known else None)
-        with pytest.raises(IndexError, match="list index out of range"), loader.iterate() as batches:
+        documents = Grouped([5] * 40, [1] * 40) if known else Documents([5] * 40)
+        cut = {"__len__": lambda self: 50, "__getitem__": lambda self, index: list(range(30))[index]}
+        documents.__class__ = type("Cut", (documents.__class__,), cut)
+        with pytest.raises(IndexError, match="list index out of range"), make_loader(documents).iterate() as batches:
             list(batches)
 
 
@@ -266,16 +310,29 @@ class TestBadInput:
             make_loader(documents).batch(0)
 
 
+def test_epochs_are_counted_by_source():
+    """At the ends of windows by hand: source a is taken twice an epoch, of b every second example."""
+    documents = Grouped([5] * 25, [1] * 25)
+    documents.mixture = mix(("a", "b"), [10, 10], [("a", 2.0), ("b", 0.5)])
+    loader = make_loader(documents, window=10, rows_per_step=1, tokens_per_row=25, shuffle=True)
+    assert [loader.steps_in_epoch(0), loader.total_steps(2)] == [5, 10]
+    for step, passed, epoch in [(1, 10, 0), (3, 20, 0), (4, 25, 0), (6, 10, 1), (8, 20, 1), (9, 25, 1)]:
+        done = loader.epochs_done(step)
+        assert done[""] == pytest.approx(epoch + passed / 25)
+        order = loader._order(epoch)[:passed]
+        expected = [2 * epoch + (order < 20).sum() / 10, epoch / 2 + (order >= 20).sum() / 10]
+        assert [done["a"], done["b"]] == pytest.approx(expected)
+    assert make_loader(Documents([5] * 9), rows_per_step=1, tokens_per_row=15).epochs_done(1) == {"": 2 / 3}
+
+
 def test_statistics():
     """By hand: 6 pairs of 3 + 2 * 3 tokens; without sharing each would be 2 * 6."""
     documents = [branching([1, 2, 3, 4], [[5, 6], [7, 8]], i) for i in range(6)]
     loader = make_loader(documents, rows_per_step=4, tokens_per_row=20, documents_per_row=9, branches=2)
     assert row_statistics(loader) == {
         "documents": 6,
-        "steps": 1,
         "tokens": 54,
         "documents_per_row": 2.0,
-        "padding_share": 1 - 54 / 80,
-        "prompt_tokens_saved": 18,
+        "padding_share": 1 - 54 / 60,
         "prompt_share_saved": 18 / 72,
     }
