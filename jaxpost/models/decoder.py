@@ -7,11 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost.models.config import Layer, ModelConfig
+from jaxpost.models.config import Layer, ModelConfig, stack_row
 from jaxpost.ops.attention import Places, attention
+from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
-from jaxpost.sharding.rules import constrain
+from jaxpost.sharding.rules import constrain, partition_spec
 from jaxpost.types import Array, record
 
 REMAT = {  # what the backward pass may keep instead of computing it again; None: everything
@@ -20,6 +22,7 @@ REMAT = {  # what the backward pass may keep instead of computing it again; None
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @record
@@ -35,15 +38,16 @@ class Cache:
 class Linear(nn.Module):
     """A weight and the product with it: the one owner of axes and types.
 
-    Sums over the last `inputs` dimensions of x and the first of the weight. The product is made on flattened
-    matrices: left to an einsum over [B, T, ...], XLA on CPU transposes whole activations for the weight's gradient
-    (an MLP of D 256, F 1024 at 1,024 tokens then takes 2.4 times as long, forward and backward).
+    Sums over the last `inputs` dimensions of x and the first of the weight, and adds a bias if asked to. The product is
+    made on flattened matrices: left to an einsum over [B, T, ...], XLA on CPU transposes whole activations for the
+    weight's gradient (an MLP of D 256, F 1024 at 1,024 tokens then takes 2.4 times as long, forward and backward).
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: str
     inputs: int = 1
+    biased: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -52,22 +56,28 @@ class Linear(nn.Module):
         weight = self.param("weight", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
         width = math.prod(self.shape[: self.inputs])
         y = x.reshape(-1, width) @ weight.astype(self.dtype).reshape(width, -1)
+        if self.biased:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
+            bias = self.param("bias", init, self.shape[self.inputs :], jnp.float32)
+            y = y + bias.astype(self.dtype).reshape(1, -1)
         return y.reshape(*x.shape[: x.ndim - self.inputs], *self.shape[self.inputs :])
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in f32 (arXiv:1910.07467)."""
+    """x / rms(x) * scale over the last dimension, in f32 (arXiv:1910.07467); with `unit_offset` times 1 + scale."""
 
     eps: float
+    unit_offset: bool
     dtype: str
 
     @nn.compact
-    def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, x.shape[-1:], jnp.float32)
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), x.shape[-1:], jnp.float32)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) + float(self.unit_offset)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * scale.astype(jnp.float32)[None, None]).astype(self.dtype)
+        return (x * scale).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -79,22 +89,33 @@ class Attention(nn.Module):
     def __call__(self, x, tables, queries, keys, first_query, store):
         c = self.config
         D, H, K, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        key_axes = ("embed", "kv_heads", "head_dim")
-        q = Linear((D, H, h), ("embed", "heads", "head_dim"), self.dtype, name="q")(x)
-        k = Linear((D, K, h), key_axes, self.dtype, name="k")(x)
-        v = Linear((D, K, h), key_axes, self.dtype, name="v")(x)
+        linear = functools.partial(_linear, c, self.dtype)
+        q = linear("q", (D, H, h), ("embed", "heads", "head_dim"))(x)
+        k = linear("k", (D, K, h), ("embed", "kv_heads", "head_dim"))(x)
+        v = linear("v", (D, K, h), ("embed", "kv_heads", "head_dim"))(x)
+        if c.qk_norm:
+            norm = functools.partial(RMSNorm, c.norm_eps, c.unit_offset, self.dtype)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         q, k = apply_rope(q, tables), apply_rope(k, tables)
         q = constrain(q, ("batch", "length", "heads", "head_dim"))
         k, v = (constrain(z, ("batch", "length", "kv_heads", "head_dim")) for z in (k, v))
         k, v, stored = store(k, v)
         out = attention(
-            q, k, v, queries, keys, scale=c.attention_scale, first_query=first_query, window=self.kind.window
+            q,
+            k,
+            v,
+            queries,
+            keys,
+            scale=c.attention_scale,
+            first_query=first_query,
+            window=self.kind.window,
+            soft_cap=c.attention_soft_cap,
         )
-        return Linear((H, h, D), ("heads", "head_dim", "embed"), self.dtype, inputs=2, name="o")(out), stored
+        return linear("o", (H, h, D), ("heads", "head_dim", "embed"), inputs=2)(out), stored
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x) (SwiGLU, arXiv:2002.05202)."""
+    """down(activation(gate x) * up x) (SwiGLU, GEGLU: arXiv:2002.05202)."""
 
     config: ModelConfig
     dtype: str
@@ -102,14 +123,63 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         D, F = self.config.embed_dim, self.config.mlp_dim
-        gate = Linear((D, F), ("embed", "mlp"), self.dtype, name="gate")(x)
-        up = Linear((D, F), ("embed", "mlp"), self.dtype, name="up")(x)
-        x = constrain(jax.nn.silu(gate) * up, ("batch", "length", "mlp"))
-        return Linear((F, D), ("mlp", "embed"), self.dtype, name="down")(x)
+        linear = functools.partial(_linear, self.config, self.dtype)
+        gate = linear("gate", (D, F), ("embed", "mlp"))(x)
+        up = linear("up", (D, F), ("embed", "mlp"))(x)
+        x = constrain(ACTIVATIONS[self.config.activation](gate) * up, ("batch", "length", "mlp"))
+        return linear("down", (F, D), ("mlp", "embed"))(x)
+
+
+class MoE(nn.Module):
+    """A mixture of experts, x [B, T, D] -> (its output, the router's logits f32[B, T, E])."""
+
+    config: ModelConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        D, E, f = self.config.embed_dim, self.config.experts.count, self.config.experts.mlp_dim
+        router = Linear((D, E), ("embed", "router"), self.dtype, name="router")
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=0)
+        axes = {"gate": ("experts", "embed", "mlp"), "up": ("experts", "embed", "mlp")}
+        axes["down"] = ("experts", "mlp", "embed")
+        sizes = {"experts": E, "embed": D, "mlp": f}
+        weights = [
+            _Table(nn.with_logical_partitioning(init, names), tuple(sizes[n] for n in names), name=name)()
+            for name, names in axes.items()
+        ]
+        logits = router(x).astype(jnp.float32)
+        return self._mixed(x, logits, *(weight.astype(self.dtype) for weight in weights)), logits
+
+    def _mixed(self, x, logits, *weights):
+        """The chosen experts' outputs. Over a mesh each device computes its own experts, for the rows of all devices
+        along the axis `expert`: gathering rows and scattering sums needs no capacity and no token is dropped."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return self._own(x, logits, *weights)
+        sizes, E = dict(mesh.shape), self.config.experts.count
+        rows = partition_spec(("batch", "length", "hidden"), x.shape, sizes)
+        wide, narrow = ("experts", None, "mlp"), ("experts", "mlp", None)
+        specs = [partition_spec(a, w.shape, sizes) for a, w in zip((wide, wide, narrow), weights, strict=True)]
+
+        def local(x, logits, *weights):
+            x, logits = (jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, logits))
+            first = jax.lax.axis_index("expert") * (E // sizes["expert"])
+            out = self._own(x, logits, *weights, first_expert=first)
+            return jax.lax.psum(jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True), "tensor")
+
+        return jax.shard_map(local, in_specs=(rows, rows, *specs), out_specs=rows)(x, logits, *weights)
+
+    def _own(self, x, logits, *weights, first_expert=0):
+        e, tokens = self.config.experts, math.prod(x.shape[:2])
+        routed = route(logits.reshape(tokens, -1), e.top_k, e.normalized)
+        activation = ACTIVATIONS[self.config.activation]
+        flat = x.reshape(tokens, -1)
+        return expert_mlp(flat, *routed, *weights, activation=activation, first_expert=first_expert).reshape(x.shape)
 
 
 class Block(nn.Module):
-    """One layer, x [B, T, D] -> (x, stored).
+    """One layer, x [B, T, D] -> (x, stored, router logits f32[B, T, E] or None).
 
     tables: cos and sin of the layer's RoPE. queries, keys, first_query: as ops.attention has them.
     store: k, v of the T tokens -> k, v to attend to, stored (the KV cache; None in training).
@@ -121,19 +191,29 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, tables, queries, keys, first_query, store):
-        norm = functools.partial(RMSNorm, self.config.norm_eps, self.dtype)
-        attend = Attention(self.config, self.kind, self.dtype, name="attn")
+        c, router = self.config, None
+        norm = functools.partial(RMSNorm, c.norm_eps, c.unit_offset, self.dtype)
+        attend = Attention(c, self.kind, self.dtype, name="attn")
         out, stored = attend(norm(name="attn_norm")(x), tables, queries, keys, first_query, store)
+        if c.post_norms:
+            out = norm(name="attn_post_norm")(out)
         x = constrain(x + out, ("batch", "length", "hidden"))
-        x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
-        return constrain(x, ("batch", "length", "hidden")), stored
+        out = norm(name="mlp_norm")(x)
+        if self.kind.experts:
+            out, router = MoE(c, self.dtype, name="moe")(out)
+        else:
+            out = MLP(c, self.dtype, name="mlp")(out)
+        if c.post_norms:
+            out = norm(name="mlp_post_norm")(out)
+        return constrain(x + out, ("batch", "length", "hidden")), stored, router
 
 
 class Decoder(nn.Module):
     """tokens -> hidden states after the final norm.
 
     Parameters: embed.weight [V, D], layers.* [n, ...] (whole pattern periods), tail.* [L - n, ...] where the pattern
-    leaves some over, final_norm.scale [D], and head.weight [V, D] unless tied.
+    leaves some over, final_norm.scale [D], and head.weight [V, D] unless tied, or score.weight [R, D]. Where only some
+    layers are mixtures of experts, layers.mlp.* and layers.moe.* hold only those that have them.
     """
 
     config: ModelConfig
@@ -142,13 +222,20 @@ class Decoder(nn.Module):
     unroll: bool  # straight code instead of a loop: 10 % quicker on CPU, slow to compile for deep models
 
     @nn.compact
-    def __call__(self, tokens: Array, places: Places, cache: Cache | None = None) -> tuple[Array, Cache | None]:
-        """hidden [B, T, D]; with a cache, the tokens continue it and the longer cache is returned."""
+    def __call__(self, tokens: Array, places: Places, cache: Cache | None = None):
+        """(hidden [B, T, D], cache or None, router logits f32[L, B, T, E] of the MoE layers or None).
+
+        With a cache, the tokens continue it and the longer cache is returned.
+        """
         c = self.config
-        table = self._table("embed")
-        if not c.tied:
-            self._table("head")
+        table = self._table("embed", "vocab", c.vocab_size)
+        if c.num_scores:
+            self._table("score", "scores", c.num_scores)
+        elif not c.tied:
+            self._table("head", "vocab", c.vocab_size)
         x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        if c.scaled_embedding:
+            x = x * jnp.asarray(math.sqrt(c.embed_dim), self.dtype)
         x = constrain(x, ("batch", "length", "hidden"))
         keys, first_query, kv = places, 0, None
         if cache is not None:
@@ -159,33 +246,45 @@ class Decoder(nn.Module):
         ropes = {kind.rope for kind in c.pattern}
         tables = {rope: rope_tables(rope, c.head_dim, places.positions) for rope in ropes}
         run = functools.partial(self._layers, tables=tables, queries=places, keys=keys, first_query=first_query)
-        x, kv = run("layers", c.pattern, 0, c.num_layers - c.tail_layers, x, kv)
+        x, kv, router = run("layers", c.pattern, 0, c.num_layers - c.tail_layers, x, kv)
         if c.tail_layers:
-            x, kv = run("tail", c.pattern[: c.tail_layers], c.num_layers - c.tail_layers, c.tail_layers, x, kv)
-        x = RMSNorm(c.norm_eps, self.dtype, name="final_norm")(x)
+            x, kv, last = run("tail", c.pattern[: c.tail_layers], c.num_layers - c.tail_layers, c.tail_layers, x, kv)
+            router = [*router, *last]
+        x = RMSNorm(c.norm_eps, c.unit_offset, self.dtype, name="final_norm")(x)
         if cache is not None:
             cache = Cache(*kv, cache.positions, cache.length)
-        return x, cache
+        return x, cache, jnp.concatenate(router) if router else None
 
-    def _table(self, name):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        return _Table(init, (self.config.vocab_size, self.config.embed_dim), name=name)()
+    def _table(self, name, axis, size):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
+        return _Table(init, (size, self.config.embed_dim), name=name)()
 
     def _layers(self, name, kinds, first, count, x, kv, *, tables, queries, keys, first_query):
-        """`count` stacked layers from layer `first` on, one loop step per period of `kinds`."""
+        """`count` stacked layers from layer `first` on, one loop step per period of `kinds`.
+
+        Returns x, kv, and the router logits of its MoE layers in order: a list of one [n, B, T, E], or empty.
+        """
         P = len(kinds)
         blocks = [Block(self.config, kind, self.dtype, parent=None) for kind in kinds]
 
         def init(key):
-            def one(key):
-                return blocks[0].init(key, x, tables[kinds[0].rope], queries, queries, 0, lambda k, v: (k, v, None))
+            def stack(i, key):
+                """All layers whose parameters are like those of kinds[i]."""
+                like = sum(kind.experts == kinds[i].experts for kind in kinds) * (count // P)
 
-            stacked = jax.vmap(one)(jax.random.split(key, count))["params"]
-            return jax.tree.map(_add_layers_axis, stacked, is_leaf=_is_box)
+                def one(key):
+                    args = (x, tables[kinds[i].rope], queries, queries, 0, lambda k, v: (k, v, None))
+                    return blocks[i].init(key, *args)
+
+                return jax.vmap(one)(jax.random.split(key, like))["params"]
+
+            firsts = {kind.experts: i for i, kind in reversed(list(enumerate(kinds)))}
+            stacks = [stack(i, jax.random.fold_in(key, n)) for n, i in enumerate(firsts.values())]
+            return jax.tree.map(_add_layers_axis, _joined(stacks), is_leaf=_is_box)
 
         stacked = self.param(name, init)
         if self.is_initializing():
-            return x, kv
+            return x, kv, []
 
         def apply(block, rope, x, params, kv, layer):
             store = functools.partial(_store, kv, layer, first_query)
@@ -194,17 +293,21 @@ class Decoder(nn.Module):
         def period(carry, xs):
             x, kv = carry
             params, index = xs
-            leaves, tree = jax.tree.flatten(params)
-            layers = zip(*(jnp.split(leaf, P) for leaf in leaves), strict=True)  # its gradient is one concatenation
-            for i, (block, kind, own) in enumerate(zip(blocks, kinds, layers, strict=True)):
+            rows = {path: jnp.split(leaf, len(leaf)) for path, leaf in flatten_dict(params).items()}
+            routers = []
+            for i, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+                # A split once, so that its gradient is one concatenation.
+                own = {path: (split, stack_row(kinds, i, path[0])) for path, split in rows.items()}
+                own = unflatten_dict({path: split[row][0] for path, (split, row) in own.items() if row is not None})
                 step = self._remat(functools.partial(apply, block, kind.rope))
-                x, kv = step(x, tree.unflatten(leaf[0] for leaf in own), kv, first + index * P + i)
-            return (x, kv), None
+                x, kv, router = step(x, own, kv, first + index * P + i)
+                routers += [] if router is None else [router]
+            return (x, kv), jnp.stack(routers) if routers else None
 
-        periods = jax.tree.map(lambda p: p.reshape(count // P, P, *p.shape[1:]), stacked)
+        periods = jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), stacked)
         indices = jnp.arange(count // P, dtype=jnp.int32)
-        (x, kv), _ = jax.lax.scan(period, (x, kv), (periods, indices), unroll=self.unroll or 1)
-        return x, kv
+        (x, kv), routers = jax.lax.scan(period, (x, kv), (periods, indices), unroll=self.unroll or 1)
+        return x, kv, [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
 
     def _remat(self, function):
         if REMAT[self.remat] is None:
@@ -229,6 +332,19 @@ def _store(kv, layer, slot, k, v):
     at = (layer, 0, slot, 0, 0)
     kv = tuple(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(kv, (k, v), strict=True))
     return *(jax.lax.dynamic_index_in_dim(z, layer, keepdims=False) for z in kv), kv
+
+
+def _linear(config, dtype, name, shape, axes, inputs=1):
+    return Linear(shape, axes, dtype, inputs, name in config.biased, name=name)
+
+
+def _joined(stacks):
+    """One tree of boxed parameters out of several: those of one name are concatenated along the layers."""
+    joined = {}
+    for path, box in (item for stack in stacks for item in flatten_dict(stack).items()):
+        old = joined.get(path)
+        joined[path] = box if old is None else box.replace(value=jnp.concatenate([old.value, box.value]))
+    return unflatten_dict(joined)
 
 
 def _is_box(x):

@@ -53,13 +53,24 @@ class Policy:
         boxes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(lambda box: box.names, boxes, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
-    def hidden(self, params: Any, rows: Rows) -> Array:
-        """Hidden states after the final norm, [B, T, D] in `compute_dtype`."""
+    def hidden(self, params: Any, rows: Rows) -> tuple[Array, Array | None]:
+        """Hidden states after the final norm, [B, T, D] in `compute_dtype`, and what the routers said.
+
+        The second is f32[L, B, T, E], the logits of the layers that are mixtures of experts (ops.experts.balance_loss
+        takes them), or None where there are none.
+        """
         places = Places(rows.segments, rows.branches, rows.positions)
-        return self._decoder().apply({"params": params}, rows.tokens, places)[0]
+        hidden, _, router = self._decoder().apply({"params": params}, rows.tokens, places)
+        return hidden, router
 
     def head(self, params: Any) -> Head:
-        return Head(params["embed" if self.config.tied else "head"]["weight"])
+        weight = params["embed" if self.config.tied else "head"]["weight"]
+        return Head(weight, soft_cap=self.config.logit_soft_cap)
+
+    def scores(self, params: Any, hidden: Array) -> Array:
+        """f32[B, T, R] of a model with scalar heads (`config.num_scores` R) at hidden states [B, T, D]."""
+        weight = params["score"]["weight"].astype(hidden.dtype)
+        return jnp.einsum("btd,rd->btr", hidden, weight, preferred_element_type=jnp.float32)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache of `length` slots for `batch` rows."""
@@ -79,4 +90,5 @@ class Policy:
           hidden [B, T, D] (meaningless on padding) and the cache, T slots longer.
         """
         places = Places((positions >= 0).astype(jnp.int32), None, positions)
-        return self._decoder().apply({"params": params}, tokens, places, cache)
+        hidden, cache, _ = self._decoder().apply({"params": params}, tokens, places, cache)
+        return hidden, cache

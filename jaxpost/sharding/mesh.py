@@ -8,19 +8,20 @@ from jax.sharding import AxisType, Mesh
 
 from jaxpost.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh (data, fsdp, tensor) over `devices` (default: all of them). One of the sizes may be -1: the rest.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh (data, fsdp, expert, tensor) over `devices` (default: all of them). One size may be -1: the rest.
 
-    data: rows are split, weights copied. fsdp: rows and weights are split. tensor: heads, MLP and vocabulary are.
+    data: rows are split, weights copied. fsdp: rows and weights are split. expert: rows are split, and the experts of
+    a mixture; its other weights are copied. tensor: heads, MLP and vocabulary are split.
 
     Raises:
       ConfigError: a size is neither positive nor -1, two are -1, or their product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{name}: {size} is not a size; give 1 or more, or -1 for the rest of the devices")
@@ -34,4 +35,4 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence 
     for name in free:
         sizes[name] = len(devices) // fixed
     # Auto: with jax.make_mesh's default (Explicit) a plain gather fails.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -10,7 +10,7 @@ from jaxpost.errors import ConfigError
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "hidden": (),
     # weights
@@ -20,6 +20,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    "router": (),
+    "scores": (),
     "vocab": ("tensor",),
     "norm": (),
 }
@@ -71,8 +74,13 @@ def named_shardings(axes: Any, mesh: Mesh, abstract: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the first dimension) over data and fsdp."""
+    """Rows (the first dimension) over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def shardings_like(param_shardings: Any, abstract_opt_state: Any, mesh: Mesh, abstract_params: Any) -> Any:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxpost.errors import ConfigError
 from jaxpost.losses.preference import PairLogps, implicit_rewards
 from jaxpost.ops.completions import completion_sums
+from jaxpost.ops.experts import balance_loss, expert_load
 from jaxpost.ops.logprobs import row_logps
+from jaxpost.sharding import batch_shards
 from jaxpost.types import Batch, Mean, Term
 
 CHOSEN, REJECTED = 0, 1  # branches of a pair, in this order
@@ -46,7 +48,7 @@ def _imported(path: str):
 
 def logits_chunk(mesh) -> int:
     """Positions over all rows whose logits are held at once: as many on each shard of the batch as suit the backend."""
-    return CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS) * mesh.shape["data"] * mesh.shape["fsdp"]
+    return CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS) * batch_shards(mesh)
 
 
 def sft_objective(policy, loss, *, chunk: int):
@@ -54,9 +56,9 @@ def sft_objective(policy, loss, *, chunk: int):
 
     def objective(params, frozen, carry, batch: Batch, key):
         rows = batch.rows
-        stats = row_logps(policy.hidden(params, rows), policy.head(params), rows, chunk=chunk)
+        stats, terms, metrics = forward(policy, params, rows, chunk=chunk)
         term = Mean((loss(stats.logps) * rows.weights).sum(), rows.weights.sum())
-        return {"nll": Term(1.0, term)}, jax.lax.stop_gradient(token_metrics(stats, rows))
+        return {"nll": Term(1.0, term), **terms}, metrics
 
     return objective
 
@@ -70,7 +72,7 @@ def preference_objective(policy, loss, *, beta: float, chunk: int, reference_pol
 
     def objective(params, frozen, carry, batch: Batch, key):
         rows, mask = batch.rows, batch.completion["mask"]
-        stats = row_logps(policy.hidden(params, rows), policy.head(params), rows, chunk=chunk)
+        stats, terms, metrics = forward(policy, params, rows, chunk=chunk)
         if reference_policy is None:
             reference_logps = batch.token["reference_logps"]
         else:
@@ -80,15 +82,33 @@ def preference_objective(policy, loss, *, beta: float, chunk: int, reference_pol
         valid = (mask[..., CHOSEN] * mask[..., REJECTED]).reshape(-1)
         term = Mean((loss(policy_pairs, reference_pairs) * valid).sum(), valid.sum())
         rewards = implicit_rewards(policy_pairs, reference_pairs, beta=beta)
-        metrics = pair_metrics(policy_pairs, rewards, valid) | token_metrics(stats, rows)
-        return {"preference": Term(1.0, term)}, jax.lax.stop_gradient(metrics)
+        metrics |= jax.lax.stop_gradient(pair_metrics(policy_pairs, rewards, valid))
+        return {"preference": Term(1.0, term), **terms}, metrics
 
     return objective
 
 
 def token_logps_of(policy, params, rows, *, chunk: int):
     """f32[B, T]: log-probability of each trained token."""
-    return row_logps(policy.hidden(params, rows), policy.head(params), rows, chunk=chunk).logps
+    return row_logps(policy.hidden(params, rows)[0], policy.head(params), rows, chunk=chunk).logps
+
+
+def forward(policy, params, rows, *, chunk: int):
+    """What every objective begins with: (TokenStats of the rows, terms of the model itself, metrics of both).
+
+    The model's own term is the load-balancing loss of its experts, if it has any: a statistic of the microbatch.
+    """
+    hidden, router = policy.hidden(params, rows)
+    stats = row_logps(hidden, policy.head(params), rows, chunk=chunk)
+    terms, metrics = {}, token_metrics(stats, rows)
+    if router is not None:
+        experts, mask = policy.config.experts, (rows.segments > 0).astype(jnp.float32)
+        count = mask.sum()
+        balance = balance_loss(router, experts.top_k, mask)
+        terms["router"] = Term(experts.loss_weight, Mean(balance * count, count))
+        busiest = expert_load(router, experts.top_k, mask).max() * (experts.count / experts.top_k)
+        metrics["router/max_load"] = Mean(busiest * count, count)
+    return stats, terms, jax.lax.stop_gradient(metrics)
 
 
 def pairs(logps, batch: Batch) -> PairLogps:

@@ -18,7 +18,7 @@ from jaxpost.errors import ConfigError
 # Weight decay pulls matrices (embeddings included) to zero; scales and biases are left out, as in HF Trainer.
 UNDECAYED = re.compile(r"norm|(^|/)(scale|bias|b)$")
 # Logical axes that enumerate independent matrices of one stacked weight.
-STACKING_AXES = frozenset({"layers", "experts", "gate_up", None})
+STACKING_AXES = frozenset({"layers", "experts", None})
 # Neighbouring logical axes that together are one side of a matrix.
 HEAD_AXES = frozenset({"heads", "kv_heads", "head_dim"})
 MUON_BETA = 0.95  # momentum of the Muon paper; b1, b2 and eps belong to its AdamW part

@@ -25,7 +25,7 @@ def close(found, expected, tolerance=1e-5):
 
 def loss_and_grad(policy, params, rows):
     def loss(params):
-        stats = row_logps(policy.hidden(params, rows), policy.head(params), rows)
+        stats = row_logps(policy.hidden(params, rows)[0], policy.head(params), rows)
         return -stats.logps.sum() / rows.weights.sum()
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -69,7 +69,7 @@ def numpy_forward(config, params, tokens):
 def test_equals_a_plain_forward(name):
     policy = Policy(CONFIGS[name])
     params, [document] = random_params(policy), random_documents(16, seed=1)
-    close(jax.jit(policy.hidden)(params, ROWS)[1], numpy_forward(CONFIGS[name], params, document))
+    close(jax.jit(policy.hidden)(params, ROWS)[0][1], numpy_forward(CONFIGS[name], params, document))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_remat_really_computes_again():
 
     def flops(remat):
         policy = Policy(tiny_config(num_layers=1), remat=remat, unroll=True)
-        step = jax.jit(jax.grad(lambda p: policy.hidden(p, ROWS).sum()))
+        step = jax.jit(jax.grad(lambda p: policy.hidden(p, ROWS)[0].sum()))
         return step.lower(policy.abstract()).compile().cost_analysis()["flops"]
 
     assert flops("full") > 1.2 * flops("none")
@@ -105,7 +105,7 @@ def test_unknown_remat_policy_names_the_key():
 def test_packed_equals_one_document_at_a_time():
     policy = Policy(CONFIGS["patterned"])
     params, documents = random_params(policy), random_documents(9, 4, 12)
-    hidden = jax.jit(policy.hidden)
+    hidden = jax.jit(lambda params, rows: policy.hidden(params, rows)[0])
     packed, start = hidden(params, linear_rows(documents, 32)), 0
     for document in documents:
         alone = hidden(params, linear_rows([document], 32))
@@ -136,7 +136,7 @@ def test_shared_prompt_equals_copied_prompt():
     @jax.jit
     def run(params, rows):
         def loss(params):
-            logps = row_logps(policy.hidden(params, rows), policy.head(params), rows).logps
+            logps = row_logps(policy.hidden(params, rows)[0], policy.head(params), rows).logps
             return -logps.sum() / rows.weights.sum(), logps
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -169,7 +169,7 @@ def test_decoding_against_a_cache_equals_the_whole_row(side, steps):
         parts.append(hidden)
         positions = np.concatenate([positions, at], axis=1)
     found = np.concatenate(parts, axis=1)
-    hidden = jax.jit(policy.hidden)(params, stack_rows(*(linear_rows([d], 16) for d in documents)))
+    hidden, _ = jax.jit(policy.hidden)(params, stack_rows(*(linear_rows([d], 16) for d in documents)))
     for row, document in enumerate(documents):
         close(found[row][positions[row] >= 0], hidden[row, : len(document)])
     assert int(cache.length) == 13

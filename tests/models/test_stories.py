@@ -31,7 +31,7 @@ def test_negative_log_likelihood_of_its_sample(stories):
     ids = [1, *tokenizer.encode((FOLDER / "sample.txt").read_text()[:700])]
     assert len(ids) == 363
     rows = linear_rows([np.array(ids, np.int32)], len(ids))
-    logps = jax.jit(lambda p: row_logps(policy.hidden(p, rows), policy.head(p), rows).logps)(params)
+    logps = jax.jit(lambda p: row_logps(policy.hidden(p, rows)[0], policy.head(p), rows).logps)(params)
     assert -float(logps.sum()) / 362 == pytest.approx(1.37690, abs=1e-5)
 
 

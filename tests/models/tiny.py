@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxpost.models.config import Layer, ModelConfig
+from jaxpost.models.config import Experts, Layer, ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.ops.rope import Rope
 from jaxpost.types import Rows
@@ -35,6 +35,12 @@ def tiny_config(**changes) -> ModelConfig:
 def patterned_config() -> ModelConfig:
     """5 layers over a period of 2: two whole periods and a tail of one; windows and RoPE bases alternate."""
     return tiny_config(num_layers=5, pattern=(Layer(Rope(100.0), window=3), Layer(Rope(10_000.0))))
+
+
+def experts_config(**changes) -> ModelConfig:
+    """A dense layer between two mixtures of 8 experts, 2 a token."""
+    layers = tuple(Layer(Rope(100.0), experts=experts) for experts in (True, False, True))
+    return tiny_config(pattern=layers, experts=Experts(8, 2, 12, True, 0.01), **changes)
 
 
 def linear_rows(documents: list[np.ndarray], width: int) -> Rows:

@@ -17,7 +17,8 @@ import numpy as np
 from jaxpost.errors import CheckpointError
 from jaxpost.models.hf import load_params, read_config
 from jaxpost.models.policy import Policy
-from jaxpost.ops.logprobs import row_logps
+from jaxpost.ops.experts import balance_loss
+from jaxpost.ops.logprobs import logits, row_logps
 from jaxpost.sampling.greedy import greedy
 from jaxpost.types import Rows
 
@@ -33,13 +34,17 @@ CHECKED = {  # values of a golden.npz that are compared (or are inputs)
     "nll_right",
     "grad_embed_right",
     "grad_norm_right",
+    "aux_loss_right",
+    "rewards_right",
+    "rewards_left",
 }
+ROUTER = "router_logits_right_"  # and the number of the MoE layer
 
 
 def check(folder: pathlib.Path) -> str:
     """ "passed", "missing (why)" or "failed (what differs)"."""
     golden = np.load(folder / "golden.npz")
-    if unknown := sorted(set(golden.files) - CHECKED):
+    if unknown := sorted(n for n in golden.files if n not in CHECKED and not n.startswith(ROUTER)):
         return f"missing (nothing of ours computes {', '.join(unknown)})"
     try:
         config = read_config(folder)
@@ -56,18 +61,22 @@ def check(folder: pathlib.Path) -> str:
 
 def compare(policy: Policy, params, golden) -> dict[str, float]:
     """The largest difference of each quantity, where the mask is 1."""
+    if policy.config.num_scores:
+        return {f"rewards_{side}": reward_error(policy, params, golden, side) for side in ("right", "left")}
     found = {}
     for side in ("right", "left"):
         rows = golden_rows(golden, side)
-        hidden = jax.jit(policy.hidden)(params, rows)
-        logits = head_logits(hidden, policy.head(params))
+        hidden, router = jax.jit(policy.hidden)(params, rows)
         real = golden[f"attention_mask_{side}"] == 1
-        found[f"logits_{side}"] = np.abs(logits - golden[f"logits_{side}"])[real].max()
+        found[f"logits_{side}"] = np.abs(
+            logits(hidden[real], policy.head(params)) - golden[f"logits_{side}"][real]
+        ).max()
         if side == "right":
             found["hidden_last"] = np.abs(hidden - golden["hidden_last_right"])[real].max()
+            found |= router_errors(policy, router, golden, real)
 
     def nll(params):
-        stats = row_logps(policy.hidden(params, rows), policy.head(params), rows)
+        stats = row_logps(policy.hidden(params, rows)[0], policy.head(params), rows)
         return -stats.logps.sum() / rows.weights.sum()
 
     rows = golden_rows(golden, "right")
@@ -89,9 +98,27 @@ def golden_rows(golden, side: str) -> Rows:
     return Rows(tokens, mask, np.zeros_like(mask), positions, predicted.astype(np.float32))
 
 
-def head_logits(hidden, head):
-    logits = (hidden @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
-    return logits if head.soft_cap is None else head.soft_cap * jnp.tanh(logits / head.soft_cap)
+def reward_error(policy: Policy, params, golden, side: str) -> float:
+    """The scores at the last real token of each row."""
+    mask = golden[f"attention_mask_{side}"]
+    scores = policy.scores(params, policy.hidden(params, golden_rows(golden, side))[0])
+    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    return np.abs(scores[np.arange(len(last)), last] - golden[f"rewards_{side}"]).max()
+
+
+def router_errors(policy: Policy, router, golden, real) -> dict[str, float]:
+    """The routers' logits, layer by layer, and the load-balancing loss."""
+    names = sorted((n for n in golden.files if n.startswith(ROUTER)), key=lambda n: int(n.removeprefix(ROUTER)))
+    if len(names) != (0 if router is None else len(router)):
+        return {"router_layers": float("inf")}
+    found = {
+        name: np.abs(ours[real] - golden[name].reshape(*real.shape, -1)[real]).max()
+        for name, ours in zip(names, () if router is None else router, strict=True)
+    }
+    if "aux_loss_right" in golden.files:
+        aux = balance_loss(router, policy.config.experts.top_k, real.astype(np.float32))
+        found["aux_loss"] = abs(float(aux) - float(golden["aux_loss_right"]))
+    return found
 
 
 def greedy_errors(policy: Policy, params, golden) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxpost.models.hf import load_params, read_config
 from jaxpost.models.policy import Policy
+from jaxpost.ops.logprobs import logits
 from jaxpost.types import Rows
-from tests.parity.checkpoints import head_logits
 
 
 def logits_of(folder: str) -> dict[str, np.ndarray]:
@@ -24,8 +24,9 @@ def logits_of(folder: str) -> dict[str, np.ndarray]:
     width = min(128, policy.config.max_positions)
     ids = np.random.default_rng(0).integers(0, policy.config.vocab_size, (2, width)).astype(np.int32)
     one, positions = np.ones_like(ids), np.tile(np.arange(width, dtype=np.int32), (2, 1))
-    hidden = jax.jit(policy.hidden)(params, Rows(ids, one, one * 0, positions, one.astype(np.float32)))
-    return {"ids": ids, "logits": np.asarray(head_logits(hidden, policy.head(params)))}
+    hidden, _ = jax.jit(policy.hidden)(params, Rows(ids, one, one * 0, positions, one.astype(np.float32)))
+    found = logits(hidden.reshape(-1, hidden.shape[-1]), policy.head(params))
+    return {"ids": ids, "logits": np.asarray(found).reshape(*ids.shape, -1)}
 
 
 if __name__ == "__main__":

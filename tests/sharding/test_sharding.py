@@ -1,5 +1,7 @@
 """Mesh, rules and constraints, on 8 simulated devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.policy import Policy
 from jaxpost.ops.logprobs import row_logps
 from jaxpost.sharding import batch_sharding, constrain, make_mesh, named_shardings, shardings_like
-from tests.models.tiny import linear_rows, random_documents, random_params, stack_rows, tiny_config
+from jaxpost.train.objectives import forward
+from tests.models.tiny import experts_config, linear_rows, random_documents, random_params, stack_rows, tiny_config
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2), "mixed": (2, 2, 2)}
 POLICY = Policy(tiny_config(num_layers=2), unroll=False)
@@ -19,8 +22,8 @@ ROWS = stack_rows(*(linear_rows(random_documents(7, 6, seed=seed), 16) for seed 
 
 
 def test_the_rest_of_the_devices():
-    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     assert make_mesh(devices=jax.devices()[:1]).size == 1
 
 
@@ -96,7 +99,7 @@ def test_a_dimension_that_does_not_divide():
 
 def grad_fn(params, rows):
     def loss(params):
-        stats = row_logps(POLICY.hidden(params, rows), POLICY.head(params), rows)
+        stats = row_logps(POLICY.hidden(params, rows)[0], POLICY.head(params), rows)
         return -stats.logps.sum() / rows.weights.sum()
 
     return jax.value_and_grad(loss)(params)
@@ -121,6 +124,43 @@ def test_eight_devices_equal_one(name, one_device):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
     local = grads["layers"]["mlp"]["gate"]["weight"].addressable_shards[0].data.shape
     assert local == (2, 16 // MESHES[name][1], 24 // MESHES[name][2])
+
+
+EXPERT_MESHES = {"expert": (1, 1, 1, 8), "expert_data_tensor": (2, 1, 2, 2), "expert_fsdp": (1, 2, 1, 4)}
+
+
+@pytest.fixture(scope="module")
+def experts_on_one_device():
+    policy = Policy(experts_config(), unroll=False)
+    params = random_params(policy)
+    return policy, params, jax.jit(functools.partial(experts_grad_fn, policy))(params, ROWS)
+
+
+def experts_grad_fn(policy, params, rows):
+    """Of the training loss, the experts' own included."""
+
+    def loss(params):
+        stats, terms, metrics = forward(policy, params, rows, chunk=64)
+        return -stats.logps.sum() / rows.weights.sum() + terms["router"].mean.value, metrics
+
+    (loss, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return loss, metrics, grads
+
+
+@pytest.mark.parametrize("name", EXPERT_MESHES)
+def test_experts_over_eight_devices_equal_one(name, experts_on_one_device):
+    """Loss, load and gradients, to 1e-5; each device holds its own experts only."""
+    policy, params, expected = experts_on_one_device
+    mesh = make_mesh(*EXPERT_MESHES[name])
+    shardings = named_shardings(policy.axes(), mesh, policy.abstract())
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings), jax.device_put(ROWS, batch_sharding(mesh))
+        step = jax.jit(functools.partial(experts_grad_fn, policy), out_shardings=(None, None, shardings))
+        found = step(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
+    _, fsdp, tensor, expert = EXPERT_MESHES[name]
+    local = found[2]["layers"]["moe"]["gate"]["weight"].addressable_shards[0].data.shape
+    assert local == (2, 8 // expert, 16 // fsdp, 12 // tensor)
 
 
 def test_parameters_are_born_in_their_shards_with_the_same_bits():

@@ -21,7 +21,7 @@ AXES = {
     "layers": {
         "q": {"kernel": ("layers", "embed", "heads", "head_dim")},
         "o": {"kernel": ("layers", "heads", "head_dim", "embed")},
-        "gate_up": {"kernel": ("layers", "embed", "gate_up", "mlp")},
+        "gate": {"kernel": ("layers", "experts", "embed", "mlp")},
         "norm": {"scale": ("layers", "embed")},
         "q_bias": {"bias": ("layers", "heads", "head_dim")},
     },
@@ -31,7 +31,7 @@ SHAPES = {
     "layers": {
         "q": {"kernel": (3, 6, 2, 4)},
         "o": {"kernel": (3, 2, 4, 6)},
-        "gate_up": {"kernel": (3, 6, 2, 5)},
+        "gate": {"kernel": (3, 2, 6, 5)},
         "norm": {"scale": (3, 6)},
         "q_bias": {"bias": (3, 2, 4)},
     },
@@ -92,7 +92,7 @@ def test_adamw_is_the_papers_and_decays_matrices_alone(dtype):
     params, grads = tree(0, dtype), [tree(s, dtype) for s in (1, 2, 3)]
     got, _ = run(make_optimizer(settings(weight_decay=0.1, no_decay=("^embed/",)), 3, params), params, grads)
     for name, p in named(params).items():
-        decay = 0.1 if name.startswith(("layers/q/", "layers/o/", "layers/gate_up/")) else 0.0
+        decay = 0.1 if name.startswith(("layers/q/", "layers/o/", "layers/gate/")) else 0.0
         history = [np.asarray(named(g)[name], np.float32) for g in grads]
         want = adamw_by_hand(np.asarray(p, np.float32), history, 0.01, 0.9, 0.999, 1e-8, decay)
         # bf16 parameters are rounded after each of the 3 steps, by at most 2**-9 of their size
@@ -158,12 +158,12 @@ def test_muon_of_stacked_weights_is_muon_of_each_matrix():
     def matrices(tree, name):
         """The separate 2-D matrices [in, out] of a stacked weight."""
         x = np.asarray(tree["layers"][name]["kernel"])
-        if name == "gate_up":
-            return [{"w": x[layer, :, i]} for layer in range(3) for i in range(2)]
+        if name == "gate":
+            return [{"w": x[layer, i]} for layer in range(3) for i in range(2)]
         return [{"w": x[layer].reshape((6, 8) if name == "q" else (8, 6))} for layer in range(3)]
 
     muon = optax.contrib.muon(0.01, weight_decay=0.1, consistent_rms=0.2)
-    for name in ("q", "o", "gate_up"):
+    for name in ("q", "o", "gate"):
         for i, want in enumerate(matrices(params, name)):
             with jax.numpy_dtype_promotion("standard"):
                 state = muon.init(want)

@@ -15,8 +15,8 @@ from jaxpost.models.policy import Policy
 from jaxpost.sharding import batch_sharding, make_mesh, named_shardings
 from jaxpost.train.objectives import preference_objective, sft_objective
 from jaxpost.train.step import _microbatches, make_train_step
-from jaxpost.types import Document, Origin, Rows, TrainState
-from tests.models.tiny import random_params, tiny_config
+from jaxpost.types import Document, Origin, TrainState
+from tests.models.tiny import linear_rows, random_params, tiny_config
 
 ROWS, T = 8, 48
 
@@ -79,13 +79,11 @@ def assert_close(ours, theirs, tolerance=1e-5):
 def test_loss_equals_a_loop_over_pairs(policy, params, pair_batch, plain):
     """Mean over the 11 pairs of -log sigma(beta * difference of log-ratios), each sequence scored alone."""
     head = policy.head(params)
+    score = jax.jit(lambda row: jax.nn.log_softmax(policy.hidden(params, row)[0][0] @ head.weight.T))
 
     def logp(tokens, start):
-        n = len(tokens)
-        zeros = np.zeros((1, n), np.int32)
-        rows = Rows(tokens[None], zeros + 1, zeros, np.arange(n, dtype=np.int32)[None], zeros.astype(np.float32))
-        logps = jax.nn.log_softmax(policy.hidden(params, rows)[0] @ head.weight.T)
-        return sum(float(logps[t - 1, tokens[t]]) for t in range(start, n))
+        logps = score(linear_rows([tokens], 16))
+        return sum(float(logps[t - 1, tokens[t]]) for t in range(start, len(tokens)))
 
     rng = np.random.default_rng(0)
     losses = []

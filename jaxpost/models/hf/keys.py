@@ -1,6 +1,7 @@
 """config.json, read key by key: every error names the file and the key."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -49,10 +50,24 @@ class Keys:
             raise self.error(key, f"{value!r} is not a positive integer")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """An integer of at least 0."""
+        value = self._get(key, default)
+        if type(value) is not int or value < 0:
+            raise self.error(key, f"{value!r} is not a count")
+        return value
+
     def number(self, key: str, default: Any = _MISSING) -> float:
         value = self._get(key, default)
         if type(value) not in (int, float) or not value > 0:
             raise self.error(key, f"{value!r} is not a positive number")
+        return value
+
+    def weight(self, key: str, default: float) -> float:
+        """A number of at least 0."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not value >= 0:
+            raise self.error(key, f"{value!r} is not a number of at least 0")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -60,6 +75,12 @@ class Keys:
         if type(value) is not bool:
             raise self.error(key, f"{value!r} is neither true nor false")
         return value
+
+    def optional(self, key: str, read: Callable[[str], Any], default: Any) -> Any:
+        """Where null means "without": `default` for an absent key, None for null, else `read(key)`."""
+        if key not in self.values:
+            return default
+        return None if self.values[key] is None else read(key)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """One id, a list of ids, or none."""
@@ -78,23 +99,28 @@ class Keys:
         if value is not None and value not in allowed:
             raise self.error(key, f"{value!r} is not supported; supported: {', '.join(map(repr, allowed)) or 'absent'}")
 
-    def rope(self) -> Rope:
-        """`rope_parameters` of newer files, or `rope_theta` beside `rope_scaling` of older ones."""
-        theta = self.number("rope_theta", 10_000.0)
-        key = "rope_parameters" if self.values.get("rope_parameters") is not None else "rope_scaling"
+    def inside(self, key: str) -> "Keys":
+        """The values of the object under a key; none where it is absent or null."""
         values = self.values.get(key)
-        if values is None:
-            return Rope(theta)
-        if not isinstance(values, dict):
+        if values is not None and not isinstance(values, dict):
             raise self.error(key, f"{values!r} is not an object")
-        inside = Keys(self.path, values, f"{key}.")
-        kind = values.get("rope_type", values.get("type", "default"))
+        return Keys(self.path, values or {}, f"{self.prefix}{key}.")
+
+    def rope(self, theta: float = 10_000.0) -> Rope:
+        """`rope_parameters` of newer files, or `rope_theta` (by default `theta`) and `rope_scaling` of older ones."""
+        theta = self.number("rope_theta", theta)
+        newer = self.values.get("rope_parameters") is not None
+        return self.inside("rope_parameters" if newer else "rope_scaling").rope_parameters(theta)
+
+    def rope_parameters(self, theta: float) -> Rope:
+        """These values as those of one RoPE."""
+        kind = self.values.get("rope_type", self.values.get("type", "default"))
         if kind not in _ROPE_KINDS:
-            raise inside.error("rope_type", f"{kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}")
-        for name in sorted(values.keys() - {"rope_type", "type", "rope_theta", *_ROPE_FIELDS}):
-            raise inside.error(name, f"is not supported (rope_type {kind!r})")
-        fields = {_ROPE_FIELDS[name]: inside.number(name) for name in _ROPE_KINDS[kind]}
-        return Rope(inside.number("rope_theta", theta), kind, **fields)
+            raise self.error("rope_type", f"{kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}")
+        for name in sorted(self.values.keys() - {"rope_type", "type", "rope_theta", *_ROPE_FIELDS}):
+            raise self.error(name, f"is not supported (rope_type {kind!r})")
+        fields = {_ROPE_FIELDS[name]: self.number(name) for name in _ROPE_KINDS[kind]}
+        return Rope(self.number("rope_theta", theta), kind, **fields)
 
     def _get(self, key, default):
         value = self.values.get(key)

@@ -56,12 +56,14 @@ def _parameter(own: list[Piece], tensors, shape, sharding, dtype, sizes):
     @functools.cache  # jax asks once a device, copies included
     def shard(bounds):
         bounds = [slice(*bound) for bound in bounds]
-        if own[0].row is None:
+        stacked = len(own[0].index)  # leading dimensions, of which every tensor holds one entry
+        if not stacked:
             return value(own[0], bounds)
-        rows = bounds[0]
         out = np.empty([bound.stop - bound.start for bound in bounds], dtype)
-        for piece in own[rows]:
-            out[piece.row - rows.start] = value(piece, bounds[1:])
+        for piece in own:
+            if all(bound.start <= i < bound.stop for i, bound in zip(piece.index, bounds, strict=False)):
+                at = tuple(i - bound.start for i, bound in zip(piece.index, bounds, strict=False))
+                out[at] = value(piece, bounds[stacked:])
         return out
 
     def value(piece, bounds):

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.models.config import ModelConfig
+from jaxpost.models.config import ModelConfig, stack_row
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """One kind of tensor in a file, and where it lies in the parameters.
 
-    name: of the tensor; "{layer}" stands for the layer number.
-    path: of the parameter, "layers/attn/q/weight". Under "layers" its first dimension, the layer, is not in `dims`.
+    name: of the tensor; "{layer}" stands for the layer number, "{expert}" for the expert's.
+    path: of the parameter, "layers/attn/q/weight". Under "layers" its first dimension, the layer, is not in `dims`, and
+      neither is the expert's where the name has one.
     dims: "(H h) D -> D H h": dimensions of the tensor (merged ones in brackets) -> of the parameter.
     """
 
@@ -40,37 +41,45 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A tensor of a file and its place: the parameter `path`, or one row (layer) of it."""
+    """A tensor of a file and its place: the parameter `path` at an index: (), (row of a layer) or (row, expert)."""
 
     weight: Weight
     name: str
     path: tuple[str, ...]
-    row: int | None
+    index: tuple[int, ...]
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
     """The dimension letters of `types`, for this model."""
-    return {
+    experts = {"E": config.experts.count, "f": config.experts.mlp_dim} if config.experts else {}
+    return experts | {
         "V": config.vocab_size,
         "D": config.embed_dim,
         "H": config.num_heads,
         "K": config.num_kv_heads,
         "h": config.head_dim,
         "F": config.mlp_dim,
+        "R": config.num_scores,
     }
 
 
 def pieces(weights: tuple[Weight, ...], config: ModelConfig) -> Iterator[Piece]:
     """Every tensor that the files of this model must hold."""
+    layers = config.layers
     scanned = config.num_layers - config.tail_layers
     for weight in weights:
         path = tuple(weight.path.split("/"))
         if "{layer}" not in weight.name:
-            yield Piece(weight, weight.name, path, None)
+            yield Piece(weight, weight.name, path, ())
             continue
         for layer in range(config.num_layers):
-            stack, row = ("layers", layer) if layer < scanned else ("tail", layer - scanned)
-            yield Piece(weight, weight.name.format(layer=layer), (stack, *path[1:]), row)
+            stack, first = ("layers", 0) if layer < scanned else ("tail", scanned)
+            row = stack_row(layers[first:], layer - first, path[1])
+            if row is None:
+                continue
+            for expert in range(config.experts.count) if "{expert}" in weight.name else (None,):
+                name = weight.name.format(layer=layer, expert=expert)
+                yield Piece(weight, name, (stack, *path[1:]), (row,) if expert is None else (row, expert))
 
 
 def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ def _tensors(params, policy, dtype) -> Iterator[tuple[str, np.ndarray]]:
         value = params
         for key in piece.path:
             value = value[key]
-        value = value if piece.row is None else value[piece.row]
+        value = value[piece.index] if piece.index else value
         if getattr(value, "is_fully_addressable", True):
             value = np.asarray(value)
         else:
