@@ -44,6 +44,6 @@ def load(path, *, template: str | None = None) -> LoadedModel:
         return load_run(path)
     values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
     config = configs.resolve(values | {"tokenizer": {"template": template}})
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh()
     model = open_model(config, mesh)
     return LoadedModel(model, model.load(), mesh)

@@ -35,6 +35,7 @@ Refusal = Literal[
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
+    balance_loss: float | None = key("weight of the experts' load-balancing loss; None = config.json's", None, low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class MeshConfig:
     data: int = key("devices along `data` (weights copied); -1 = the rest", 1, low=-1)
     fsdp: int = key("devices along `fsdp` (weights and optimizer state split); -1 = the rest", -1, low=-1)
     tensor: int = key("devices along `tensor` (heads and mlp split); -1 = the rest", 1, low=-1)
+    expert: int = key("devices along `expert` (rows and a mixture's experts split); -1 = the rest", 1, low=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,17 +263,19 @@ def _contradictions(c: Config):
         yield "batch.accumulate", f"{batch.accumulate} does not divide batch.rows_per_step={batch.rows_per_step}"
     if c.data.max_tokens is not None and c.data.max_tokens > batch.tokens_per_row:
         yield "data.max_tokens", f"{c.data.max_tokens} is more than batch.tokens_per_row={batch.tokens_per_row}"
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    sizes = dataclasses.asdict(mesh)
     for axis, size in sizes.items():
         if size == 0:
             yield f"mesh.{axis}", "0 is out of range; expected at least 1, or -1 for the rest"
     if list(sizes.values()).count(-1) > 1:
         rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
         yield rest[1], f"-1 (the rest) may stand for one axis only, and {rest[0]} has it"
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1)  # -1 counts as 1 here: the mesh checks the rest
+    shards = (
+        max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
+    )  # -1 counts as 1 here: the mesh checks the rest
     if batch.rows_per_step // batch.accumulate % shards:
         rows = f"{batch.rows_per_step // batch.accumulate} rows of a microbatch"
-        yield "batch.rows_per_step", f"mesh.data x mesh.fsdp = {shards} devices do not divide the {rows}"
+        yield "batch.rows_per_step", f"mesh.data x mesh.fsdp x mesh.expert = {shards} devices do not divide the {rows}"
     if run.eval_every and c.data.eval is None and not c.data.eval_examples:
         yield "run.eval_every", f"{run.eval_every}, but data.eval is None and data.eval_examples is 0"
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():

@@ -11,11 +11,12 @@ from jaxpost.models.policy import Policy
 from tests.models.tiny import random_params, tiny_config
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
-    """A random Llama of 60 K parameters with the embedded tokenizer, in Hugging Face layout."""
+def write_model(folder: pathlib.Path, **changes) -> pathlib.Path:
+    """A random Llama of 60 K parameters with the embedded tokenizer; `changes`: of its config."""
     tokenizer = load_tokenizer(embedded.path("base"))
-    changes = {"vocab_size": tokenizer.vocab_size, "eos_ids": (tokenizer.eos_id,), "max_positions": 128, "tied": True}
-    policy = Policy(tiny_config(embed_dim=32, mlp_dim=64, num_layers=2, **changes))
+    values = {"vocab_size": tokenizer.vocab_size, "eos_ids": (tokenizer.eos_id,), "max_positions": 128, "tied": True}
+    values |= {"embed_dim": 32, "mlp_dim": 64, "num_layers": 2}
+    policy = Policy(tiny_config(**values | changes))
     hf.export(folder, random_params(policy), policy, tokenizer.files())
     return folder
 

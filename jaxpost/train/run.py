@@ -1,6 +1,7 @@
 """What a run leaves in the hands of its user: weights, metrics, and a model to talk to."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from etils import epath
 from jaxpost.errors import CheckpointError
 from jaxpost.models import hf
 from jaxpost.sampling.greedy import greedy
+from jaxpost.sharding import make_mesh
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.folder import is_run, read_config
-from jaxpost.train.setup import Model, open_mesh, open_model
+from jaxpost.train.setup import Model, open_model
 
 
 @dataclasses.dataclass
@@ -70,15 +72,18 @@ class Run(LoadedModel):
         return {name: np.array(values, np.float64) for name, values in found.items()}
 
 
-def load_run(folder, config=None) -> LoadedModel:
-    """The newest weights of a run folder, on the mesh of its config (or of `config`).
+def load_run(folder) -> LoadedModel:
+    """The newest weights of a run folder, on the mesh of its config, or over all devices where there are others now.
 
     Raises CheckpointError when it holds no run or no checkpoint that can be read.
     """
     if not is_run(folder):
         raise CheckpointError(f"{folder}: not a run folder (no config.json with a stage in it)")
-    config = config or read_config(folder)
-    mesh = open_mesh(config)
+    config = read_config(folder)
+    sizes, devices = dataclasses.asdict(config.mesh), jax.device_count()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fits = devices % fixed == 0 if -1 in sizes.values() else devices == fixed
+    mesh = make_mesh(**sizes if fits else {})
     model = open_model(config, mesh)
     with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
         return LoadedModel(model, checkpoints.restore_params(model.sharded), mesh)

@@ -16,8 +16,9 @@ from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
 from jaxpost.models import hf
+from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
-from jaxpost.sharding import make_mesh, named_shardings
+from jaxpost.sharding import batch_shards, make_mesh, named_shardings
 
 log = logging.getLogger("jaxpost")
 
@@ -77,12 +78,12 @@ def cache_folder() -> epath.Path:
 
 def open_mesh(config):
     """The mesh of the config over all devices, held against the batch. Raises ConfigError."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    rows, shards = config.batch.rows_per_step // config.batch.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    rows, shards = config.batch.rows_per_step // config.batch.accumulate, batch_shards(mesh)
     if rows % shards:
         raise ConfigError(
             f"batch.rows_per_step: a microbatch of {rows} rows cannot be split over the {shards} devices of "
-            "mesh.data x mesh.fsdp; make it a multiple"
+            "mesh.data x mesh.fsdp x mesh.expert; make it a multiple"
         )
     return mesh
 
@@ -101,7 +102,7 @@ def open_model(config, mesh, *, path: str | None = None) -> Model:
     """
     folder = epath.Path(hf.resolve(embedded.resolve(path or config.model.path)))
     dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
-    policy = Policy(hf.read_config(folder), dtype, config.remat.policy)
+    policy = Policy(_language_model(config, hf.read_config(folder)), dtype, config.remat.policy)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
     if mesh is None:
@@ -109,6 +110,19 @@ def open_model(config, mesh, *, path: str | None = None) -> Model:
     masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
     abstract = jax.tree.map(masters, policy.abstract())
     return Model(folder, policy, tokenizer, template, abstract, named_shardings(policy.axes(), mesh, abstract))
+
+
+def _language_model(config, model: ModelConfig) -> ModelConfig:
+    """The model as the run wants it. Raises ConfigError where it has no words, or lacks the experts that keys name."""
+    if model.num_scores:
+        raise ConfigError(f"model.path: a model with {model.num_scores} scores for a head; {config.stage} trains words")
+    weight = config.model.balance_loss
+    if model.experts is None and (weight is not None or config.mesh.expert != 1):
+        name, value = ("mesh.expert", config.mesh.expert) if weight is None else ("model.balance_loss", weight)
+        raise ConfigError(f"{name}: {value}, but a model of the family {model.family} has no experts")
+    if weight is None:
+        return model
+    return dataclasses.replace(model, experts=dataclasses.replace(model.experts, loss_weight=weight))
 
 
 def open_reference(config, model: Model, mesh) -> Model:

@@ -44,7 +44,14 @@ def test_greedy_text(stories):
 
 
 @needs_shared
-def test_parity_of_the_reference_checkpoints():
-    """What `python -m tests.parity.checkpoints` says of a family that is there, one that is not, and a reward model."""
-    assert check(SHARED / "oracle/hf/llama_untied") == "passed"
-    assert check(SHARED / "oracle/hf/llama_reward").startswith("missing")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama_reward",
+        "mixtral",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama_untied", "qwen2", "gemma2")),
+    ],
+)
+def test_parity_of_the_reference_checkpoints(name):
+    """What `python -m tests.parity.checkpoints` says of each."""
+    assert check(SHARED / "oracle/hf" / name) == "passed"

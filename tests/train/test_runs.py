@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import pytest
 
 import jaxpost
 from jaxpost.errors import CheckpointError, ConfigError, UserError
+from jaxpost.models.config import Experts, Layer
+from jaxpost.ops.rope import Rope
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.loop import Loop
 from tests.worlds import dpo_config, write_model, write_pairs
@@ -177,3 +181,55 @@ def test_a_finished_run_can_be_loaded_and_exported(whole, tmp_path):
 def test_the_best_checkpoint_by_evaluation_loss_is_kept(whole):
     with Checkpointer(whole.folder / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.best() in checkpoints.steps() and checkpoints.latest() == 6
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A Qwen 3 with mixtures of experts in both layers."""
+    changes = {"family": "qwen3_moe", "qk_norm": True, "pattern": (Layer(Rope(), experts=True),)}
+    return write_model(tmp_path_factory.mktemp("moe") / "model", **changes, experts=Experts(8, 2, 16, True, 0.01))
+
+
+def test_experts_train_over_an_expert_mesh_and_log_their_load(given, experts, tmp_path):
+    config = dpo_config(experts, given[1], tmp_path / "run", export=True)
+    config["mesh"] = {"fsdp": 2, "expert": 4}
+    config["model"]["balance_loss"] = 0.5
+    config["run"]["steps"] = 2
+    run = jaxpost.run(config)
+    first = run.rows[0] if "loss" in run.rows[0] else run.rows[1]
+    np.testing.assert_allclose(first["loss/preference"], np.log(2), atol=1e-5)
+    assert 2 <= first["loss/router"] <= 16  # k where the load is even, E * k where one expert has all
+    np.testing.assert_allclose(first["loss"], first["loss/preference"] + 0.5 * first["loss/router"], rtol=1e-5)
+    assert 1 <= first["router/max_load"] <= 4
+    exported = json.loads((tmp_path / "run/export/config.json").read_text())
+    assert exported["model_type"] == "qwen3_moe"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"balance_loss": 0.1}}, "model.balance_loss: 0.1, but a model of the family llama has no experts"),
+        ({"mesh": {"expert": 8, "fsdp": 1}}, "mesh.expert: 8, but a model of the family llama has no experts"),
+    ],
+)
+def test_keys_for_experts_that_are_not_there(given, tmp_path, change, words):
+    config = dpo_config(*given, tmp_path / "run")
+    for section, values in change.items():
+        config.setdefault(section, {}).update(values)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        jaxpost.run(config)
+
+
+def test_a_reward_model_is_no_policy(given, tmp_path):
+    model = write_model(tmp_path / "scores", num_scores=1)
+    with pytest.raises(ConfigError, match=r"model\.path: a model with 1 scores for a head; dpo trains words"):
+        jaxpost.run(dpo_config(model, given[1], tmp_path / "run"))
+
+
+def test_a_run_of_other_devices_loads(whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    values = json.loads((tmp_path / "run/config.json").read_text())
+    values["mesh"] = {"data": 2, "fsdp": 8, "tensor": 1, "expert": 1}
+    values["batch"]["rows_per_step"] = 16
+    (tmp_path / "run/config.json").write_text(json.dumps(values))
+    same_bits(jaxpost.load(tmp_path / "run").params, whole.params)
