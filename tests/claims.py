@@ -74,8 +74,9 @@ def real_input() -> list[tuple]:
     for seed in SEEDS:
         began = time.perf_counter()
         run = train(
-            "dpo", seed, model=str(model), train=str(pairs), rows_per_step=8, tokens_per_row=1024, learning_rate=3e-4
-        )
+            "dpo", seed, model=str(model), train=str(pairs), rows_per_step=8, tokens_per_row=1024, learning_rate=3e-4,
+            max_dropped=0.3,  # so many dialogues are longer than the 512 tokens of the model
+        )  # fmt: skip
         seconds = f"seed {seed}, {time.perf_counter() - began:.0f} s"
         loss, accuracy = run.metrics["loss"], run.metrics["rewards/accuracies"]
         final = {name: values[-1, 1] for name, values in run.metrics.items() if name.startswith("eval/rewards/acc")}
@@ -89,13 +90,14 @@ def real_input() -> list[tuple]:
     return rows
 
 
-def train(stage: str, seed: int, *, model=None, train=None, learning_rate=None, **batch):
+def train(stage: str, seed: int, *, model=None, train=None, learning_rate=None, max_dropped=0.05, **batch):
     """One run of a packaged config with a seed of its own, in a folder that is thrown away."""
     config = jaxpost.get_config(stage)
     config.run.seed, config.run.dir = seed, tempfile.mkdtemp() + "/run"
     config.run.eval_prompts = 0
     config.model.path, config.data.train = model or config.model.path, train or config.data.train
     config.optimizer.learning_rate = learning_rate or config.optimizer.learning_rate
+    config.data.max_dropped = max_dropped
     config.batch.update(batch)
     return jaxpost.run(config)
 

@@ -52,8 +52,8 @@ def report(config, model, data, repeated, console: Console, flags) -> None:
         preflight.show_examples(data.train, model.tokenizer, flags.examples, console)
     if flags.examples and packs:
         preflight.show_row(loader, model.tokenizer, console)
-    console.print(data.report.table())
     lengths = preflight.measure(data.train)
+    console.print(data.report.table())
     table = Table("tokens", title="lengths", title_justify="left")
     for percentile in ("50 %", "90 %", "99 %", "max"):
         table.add_column(percentile, justify="right")

@@ -34,6 +34,7 @@ def pair(prompt, chosen, rejected, line=1):
     return Document(np.array(prompt, np.int32), ids, weights, line - 1, Origin("data.jsonl", line))
 
 
+PAIR = {"prompt": "Yes or no?", "chosen": " Yes", "rejected": " No"}
 GOOD = [
     linear([BOS, 50, 51, 52, EOS], [0, 0, 1, 1, 1]),
     linear([BOS, 50, 51], [0, 1, 1]),  # raw text, a piece of which may end anywhere
@@ -100,11 +101,32 @@ def test_a_turn_that_ends_with_a_token_at_which_nothing_stops(write_tokenizer, t
     assert check_documents([document], load_tokenizer(folder), end + 1) == (1, [])
 
 
-def test_a_sample_at_even_distances_but_all_where_the_vocabulary_may_not_hold(tokenizer):
-    documents = [linear([BOS, 50, EOS], [0, 0, 0], line) for line in range(1, 102)]
+class Sampled(list):
+    """Documents that are sampled at even distances, as those of data/documents.py."""
+
+    def sample(self, count):
+        return [self[n] for n in np.linspace(0, len(self) - 1, count).astype(int)]
+
+
+def test_a_sample_is_looked_at_but_all_where_the_vocabulary_may_not_hold(tokenizer):
+    documents = Sampled(linear([BOS, 50, EOS], [0, 0, 0], line) for line in range(1, 102))
     looked_at, problems = check_documents(documents, tokenizer, tokenizer.vocab_size, most=3)
     assert looked_at == 3 and [problem.origin.line for problem in problems] == [1, 51, 101]
     assert len(check_documents(documents, tokenizer, tokenizer.vocab_size - 1, most=3)[1]) == 101
+
+
+def test_documents_that_are_tokenised_on_demand_are_checked_the_same(tokenizer, write_jsonl):
+    """Faults at the first and the last line of 400, one dropped and one found in the tokens."""
+    lines = [{"prompt": "A", "chosen": " Yes", "rejected": " Yes"}, *[PAIR] * 398, PAIR | {"prompt": "<s><s>B"}]
+    path, template = write_jsonl(*lines), load_template("plain", tokenizer)
+    limits = {"vocab_size": 10_000, "max_dropped": 0.05, "on_long": "drop", "most_documents": 20, "most_examples": 5}
+    found = {}
+    for tokenize in ("ahead", "lazy"):
+        options = {"tokenizer": tokenizer, "template": template, "kind": "preference", "max_tokens": 100}
+        data = load_dataset(path, **options, tokenize=tokenize)
+        findings = check(data, tokenizer=tokenizer, template=template, **limits)
+        found[tokenize] = [(finding.reason, finding.first.origin.line) for finding in findings]
+    assert found["ahead"] == found["lazy"] == [("chosen_equals_rejected", 1), ("two_bos", 400)]
 
 
 def test_findings_are_one_line_and_allowed_by_name():
@@ -259,7 +281,11 @@ def test_pairs_are_shown_in_three_parts_and_long_ones_cut_in_the_middle(tokenize
     text = shown(pair([BOS, *many], [52, EOS], [53, EOS]), tokenizer, most_tokens=10)
     places = [text.index(part) for part in ("prompt: 51", "chosen: 2", "rejected: 2")]
     assert places == sorted(places)
-    assert text.count(" Yes") == 9 and text.count("[[") == text.count("]]") and f"... {len(many) + 1 - 10} tokens ..." in text
+    assert (
+        text.count(" Yes") == 9
+        and text.count("[[") == text.count("]]")
+        and f"... {len(many) + 1 - 10} tokens ..." in text
+    )
 
 
 def test_brackets_close_where_the_middle_of_an_answer_is_left_out(tokenizer):

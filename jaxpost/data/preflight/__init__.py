@@ -43,10 +43,9 @@ def check(
     vocab_size: of the model. max_dropped: largest share of the examples that may be dropped. on_long: what the reading
     did with long examples. most_documents, most_examples: how many are looked at, at even distances; None = all.
     """
-    documents = dataset.documents
-    seen, problems = check_documents(documents, tokenizer, vocab_size, most_documents)
+    seen, problems = check_documents(dataset.documents, tokenizer, vocab_size, most_documents)
     rendered, more = check_examples(dataset, tokenizer, template, most_examples)
-    return [
+    return [  # the report comes last: of documents tokenised on demand it counts what has been read so far
         *drops(dataset.report, max_dropped, on_long),
         *group(problems, seen, "documents"),
         *group(more, rendered, "examples rendered again"),

@@ -1,9 +1,8 @@
 """What the tokens of a document tell by themselves."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from jaxpost.data.documents import Documents, LazyDocuments
 from jaxpost.data.preflight.findings import REFUSALS, Problem
 from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.types import Document
@@ -12,23 +11,19 @@ END_TOKENS = 4  # an end-of-turn token stands among the last so many trained one
 
 
 def check_documents(
-    documents: Sequence[Document], tokenizer: Tokenizer, vocab_size: int, most: int | None = None
+    documents: Documents | LazyDocuments, tokenizer: Tokenizer, vocab_size: int, most: int | None = None
 ) -> tuple[int, list[Problem]]:
     """(documents looked at, their problems): all of them, or `most` at even distances.
 
     Raw text is exempt from ending with an end-of-turn token: a piece of it may end anywhere.
     """
-    count = len(documents)
     if tokenizer.vocab_size > vocab_size:  # else no token can be beyond; here a sample would be no proof
         most = None
-    places = spread(count, most)
-    rules = _Rules(tokenizer, vocab_size)
-    return len(places), [problem for place in places for problem in rules.check(documents[place])]
-
-
-def spread(count: int, most: int | None) -> list[int]:
-    """`most` indices below `count` at even distances; all of them where there are fewer."""
-    return list(range(count)) if most is None or most >= count else np.linspace(0, count - 1, most).astype(int).tolist()
+    rules, problems, count = _Rules(tokenizer, vocab_size), [], 0
+    for document in documents if most is None else documents.sample(most):
+        problems += rules.check(document)
+        count += 1
+    return count, problems
 
 
 class _Rules:

@@ -15,7 +15,6 @@ import numpy as np
 from jaxpost.data.dataset import Dataset
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import Example, ExampleFault
-from jaxpost.data.preflight.documents import spread
 from jaxpost.data.preflight.findings import Problem
 from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
@@ -32,8 +31,7 @@ def check_examples(
 ) -> tuple[int, list[Problem]]:
     """(examples rendered again, their problems): seen_trained, completion_lost, prompt_not_prefix."""
     problems, rendered = [], 0
-    for place in spread(len(dataset.documents), most):
-        document = dataset.documents[place]
+    for document in dataset.documents if most is None else dataset.documents.sample(most):
         example = dataset.example(document.example_id)
         if example.prompt is None:  # raw text: all of it is trained
             continue

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 
-from jaxpost.data.dataset import Report
+from jaxpost.data.report import Report
 from jaxpost.errors import DataError
 from jaxpost.types import Origin
 

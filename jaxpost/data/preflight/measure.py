@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -29,9 +29,9 @@ class Lengths:
         return [(name, np.percentile(values, PERCENTILES, method="higher").tolist()) for name, values in series]
 
 
-def measure(documents: Sequence[Document]) -> Lengths:
+def measure(documents: Iterable[Document]) -> Lengths:
     """The lengths of all sequences of the documents."""
-    found = np.array([lengths for document in _all(documents) for lengths in _lengths(document)], np.int64)
+    found = np.array([lengths for document in documents for lengths in _lengths(document)], np.int64)
     return Lengths(*found.T)
 
 
@@ -44,11 +44,11 @@ def _lengths(document: Document) -> Iterator[tuple[int, int, int]]:
         yield len(document.prompt) + first, len(trained), len(document.prompt) + len(completion)
 
 
-def duplicates(documents: Sequence[Document]) -> list[tuple[Origin, Origin]]:
+def duplicates(documents: Iterable[Document]) -> list[tuple[Origin, Origin]]:
     """(document, the first one with the same tokens) of every document that repeats another example."""
     first: dict[bytes, tuple[int, Origin]] = {}
     found = {}
-    for document in _all(documents):
+    for document in documents:
         parts = (document.prompt, *document.completions)
         digest = hashlib.blake2b(repr([len(part) for part in parts]).encode(), digest_size=16)
         for part in parts:
@@ -57,7 +57,3 @@ def duplicates(documents: Sequence[Document]) -> list[tuple[Origin, Origin]]:
         if example_id != document.example_id:  # a weight above 1 repeats an example, and is meant to
             found[document.example_id] = (document.origin, origin)
     return list(found.values())
-
-
-def _all(documents: Sequence[Document]) -> Iterator[Document]:
-    return (documents[index] for index in range(len(documents)))

@@ -1,6 +1,7 @@
 """Documents and rows printed token by token, as the model sees them: trained, only seen, padding."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 from rich.console import Console
@@ -20,7 +21,7 @@ DOCUMENTS_SHOWN = 2  # of a row, and its last one
 
 
 def show_examples(
-    documents: Sequence[Document], tokenizer: Tokenizer, n: int, console: Console, most_tokens: int = 400
+    documents: Iterable[Document], tokenizer: Tokenizer, n: int, console: Console, most_tokens: int = 400
 ) -> None:
     """Prints the first n documents token by token: trained ones in colour, special ones bold.
 
@@ -28,8 +29,7 @@ def show_examples(
     completion longer than `most_tokens` the middle is left out, which is said.
     """
     show_legend(console)
-    for index in range(min(n, len(documents))):
-        document = documents[index]
+    for document in itertools.islice(documents, n):
         console.rule(f"example {document.example_id}, {document.origin}")
         parts = list(zip(_names(document), document.completions, document.weights, strict=True))
         if not document.linear:
