@@ -17,7 +17,7 @@ from jaxpost import schema
 from jaxpost.errors import ConfigError
 from jaxpost.schema import Scalar, Sources, free_keys, key, to_dict
 
-# What data.allow may name: those of jaxpost.data.preflight, less the one that no model can be trained in spite of.
+# What data.allow may name: REFUSALS of jaxpost.data.preflight, less NEVER_ALLOWED.
 Refusal = Literal[
     "two_bos",
     "no_end_trained",

@@ -14,7 +14,7 @@ import pytest
 from jaxpost import cli, embedded
 from jaxpost import config as configs
 from jaxpost.config import Refusal
-from jaxpost.data.preflight import REFUSALS
+from jaxpost.data.preflight.findings import NEVER_ALLOWED, REFUSALS
 from jaxpost.errors import DataError
 from jaxpost.train.setup import open_data, open_model
 from tests.worlds import dpo_config, write_pairs
@@ -126,7 +126,7 @@ def arguments(tmp_path):
 
 def test_every_refusal_is_planted_and_can_be_named():
     assert set(PLANTED) == set(REFUSALS)
-    assert {*typing.get_args(Refusal), "beyond_vocabulary"} == set(REFUSALS)  # no training without an embedding
+    assert {*typing.get_args(Refusal), NEVER_ALLOWED} == set(REFUSALS)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -136,6 +136,7 @@ def test_a_planted_fault_is_refused_by_name_file_and_line(name, arguments, tmp_p
     for verb in ("check", "train"):  # all of it, and the short form before a run
         assert cli.main([verb, *flags]) == 2
         (error,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error: "))
+        assert error.endswith(f" (a warning where data.allow names {name})") == (name != NEVER_ALLOWED)
         assert error.startswith(f"error: {name}: ") and f"data.jsonl:{line}: " in error, error
         assert not (tmp_path / "run").exists()
 

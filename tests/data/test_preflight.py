@@ -139,7 +139,7 @@ def test_findings_are_one_line_and_allowed_by_name():
     assert refuse(findings, ("empty_mask", "two_bos")) == findings
     with pytest.raises(DataError) as raised:
         refuse(findings, ("two_bos",))
-    assert str(raised.value) == f"{findings[1]} (with data.allow=empty_mask a warning)"
+    assert str(raised.value) == f"{findings[1]} (a warning where data.allow names empty_mask)"
 
 
 # ---- examples in disguise ----

@@ -22,6 +22,8 @@ REFUSALS = {
     "too_many_dropped": "a larger share of the examples is dropped than data.max_dropped",
 }
 
+NEVER_ALLOWED = "beyond_vocabulary"  # data.allow cannot name it: no model can be trained in spite of it
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -88,6 +90,7 @@ def refuse(findings: Sequence[Finding], allow: Collection[str]) -> list[Finding]
     """Raises DataError with all findings that `allow` does not name; returns the others, which are warnings."""
     refused = [finding for finding in findings if finding.reason not in allow]
     if refused:
-        names = ", ".join(dict.fromkeys(finding.reason for finding in refused))
-        raise DataError(f"{'; '.join(map(str, refused))} (with data.allow={names} a warning)")
+        names = ", ".join(dict.fromkeys(finding.reason for finding in refused if finding.reason != NEVER_ALLOWED))
+        hint = f" (a warning where data.allow names {names})" if names else ""
+        raise DataError("; ".join(map(str, refused)) + hint)
     return list(findings)
