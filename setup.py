@@ -26,12 +26,18 @@ CORE = [
     "sentencepiece>=0.2.3,<0.3",
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22,<0.24",
+    "zstandard>=0.25",
 ]
-TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4"]
+PARQUET = ["pyarrow>=20"]
+QUALITY = ["datasketch>=2,<3"]
+TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
-    "hf": ["huggingface_hub>=0.30"],  # model.path may be a hub name
+    "hf": ["huggingface_hub>=0.30", "datasets>=5,<6"],  # model.path and hf:NAME in data.train are names on the hub
+    "parquet": PARQUET,
+    "tfds": ["tensorflow-datasets>=4.9.10,<5"],  # tfds:NAME, without TensorFlow
+    "quality": QUALITY,  # near-duplicates
     "log": ["wandb>=0.19"],  # run.log_to may name wandb
     "eval": ["scipy>=1.14"],
     "plot": ["matplotlib>=3.9,<4"],  # the picture of `jaxpost check --out=DIR`
