@@ -98,8 +98,9 @@ def _sequence(example: Example, completion, template: Template, tokenizer: Token
         end = tokenizer.special_tokens.get("eos_token", "")
         text = prompt + completion + ("" if end and completion.endswith(end) else end)
         return _tokenize(Rendered(text, ((len(prompt), len(text)),)), tokenizer)
-    seen = example.prompt.messages
-    return _tokenize(template.render((*seen, *completion), example.prompt.tools, trained_from=len(seen)), tokenizer)
+    messages, tools, seen = (*example.prompt.messages, *completion), example.prompt.tools, len(example.prompt.messages)
+    template.check_example(messages, tools, trained_from=seen)
+    return _tokenize(template.render(messages, tools, trained_from=seen), tokenizer)
 
 
 def _question(example: Example, template: Template, tokenizer: Tokenizer) -> Sequence:
@@ -108,12 +109,13 @@ def _question(example: Example, template: Template, tokenizer: Tokenizer) -> Seq
         ids = tokenizer.with_bos(tokenizer.encode(example.prompt))
     else:
         messages, tools = example.prompt.messages, example.prompt.tools
+        template.check_example(messages, tools, trained_from=len(messages))
         ids = template.encode(messages, tokenizer, tools, add_generation_prompt=True)
     return Sequence(np.array(ids, np.int32), np.zeros(len(ids), bool))
 
 
 def _tokenize(rendered: Rendered, tokenizer: Tokenizer) -> Sequence:
-    ids, offsets = tokenizer.encode_with_offsets(rendered.text)
+    ids, offsets = tokenizer.encode_with_offsets(rendered.text, rendered.breaks)
     ends = np.array([end for _, end in offsets], np.int64)
     trained = np.zeros(len(ids), bool)
     for start, end in rendered.spans:

@@ -1,23 +1,25 @@
 """Chat templates: messages to text, with the characters that are trained.
 
-The jinja2 set-up is that of `transformers`, so that the text is what the model meets in use elsewhere. Trained are the
-assistant's turns with their end-of-turn token: by `{% generation %}` blocks where the template has them, else by
-differences of renderings (`_turn_span`).
+The text is that of `transformers`, which the model meets in use elsewhere. Trained are the assistant's turns with their
+end-of-turn token: by `{% generation %}` blocks where the template has them, else by differences of renderings
+(`turns.py`). A control token that somebody typed into a message is told from those that the template writes
+(`_typed`), so that nobody can end a turn or forge one.
 """
 
 import dataclasses
-import datetime
 import hashlib
+import itertools
 import json
 import logging
+import re
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from etils import epath
 
-from jaxpost.data.formats import ExampleFault
-from jaxpost.data.tokenizers import Tokenizer
+from jaxpost.data.jinja import ChatJinja
+from jaxpost.data.messages import ExampleFault
+from jaxpost.data.tokenizers import NAMED_TEMPLATES, Tokenizer, named_templates
+from jaxpost.data.turns import REASONING, Turns
 from jaxpost.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,14 @@ PLAIN = """\
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation and the [start, end) characters of it that are trained."""
+    """A rendered conversation and the [start, end) characters of it that are trained.
+
+    breaks: places within control tokens that were typed into a message; no token goes across (see `Tokenizer`).
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    breaks: tuple[int, ...] = ()
 
 
 def load_template(source: str | None, tokenizer: Tokenizer) -> "Template":
@@ -56,7 +62,7 @@ def load_template(source: str | None, tokenizer: Tokenizer) -> "Template":
     A tokenizer without a template falls back to "plain", with a warning. Raises DataError: no such file, bad jinja,
     or a template that never renders the assistant.
     """
-    if source is None and tokenizer.chat_template is None:
+    if source is None and not tokenizer.chat_templates:
         logger.warning(
             "%s: no chat template in tokenizer_config.json or chat_template.jinja; using 'plain' "
             "(lines of roles, EOS after each answer)",
@@ -64,80 +70,128 @@ def load_template(source: str | None, tokenizer: Tokenizer) -> "Template":
         )
         source = "plain"
     if source is None:
-        name, text = f"chat template of {tokenizer.name}", tokenizer.chat_template
+        name, named = f"chat template of {tokenizer.name}", tokenizer.chat_templates
     elif source == "plain":
-        name, text = "chat template plain", PLAIN
+        name, named = "chat template plain", {"default": PLAIN}
     else:
-        name, text = f"chat template {source}", _read_template(source)
-    if "eos_token" in text and tokenizer.eos_id is None and source == "plain":
+        name, named = f"chat template {source}", _read_templates(source)
+    if "default" not in named:
+        raise DataError(f"{name}: none of the named templates is called default; there are {', '.join(named)}")
+    if source == "plain" and tokenizer.eos_id is None:
         raise DataError(f"{name}: {tokenizer.name} has no EOS token to end a turn with; give a template of its own")
-    template = Template(text, tokenizer, name)
+    template = Template(named["default"], tokenizer, name, named.get("tool_use"))
     template.check()
     return template
 
 
-def _read_template(path) -> str:
+def _read_templates(path) -> dict[str, str]:
     file = epath.Path(path)
     if not file.exists() or file.is_dir():
         raise DataError(f"{path}: no such chat template (a path to a .jinja file, or 'plain')")
-    text = file.read_text()
     if not str(path).endswith(".json"):
-        return text
+        return {"default": file.read_text()}
     try:
-        return json.loads(text)["chat_template"]
+        return named_templates(json.loads(file.read_text())["chat_template"])
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: not a JSON file with the key chat_template") from None
 
 
 class Template:
-    """A compiled chat template. `source` is its jinja text, `fingerprint` the sha256 of it and the special tokens."""
+    """A compiled chat template.
 
-    def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template"):
-        self.source, self.name = source, name
+    source: its jinja text. tool_use: that of the template which stands in for it where tools are offered, as in
+    `transformers`. fingerprint: sha256 of these and the special tokens.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template", tool_use: str | None = None):
+        self.source, self.name, self._tool_use = source, name, tool_use
         self._tokenizer = tokenizer
         self._special = tokenizer.special_tokens
         self._whole_tokens = tokenizer.whole_tokens
         self._content_as_blocks = False  # templates of multimodal models read a list of blocks; see check()
-        self._environment = _environment()
-        self._blocks = self._environment.extensions[GenerationBlocks.identifier]
+        self._default = self._compile(source)
+        self._with_tools = self._default if tool_use is None else self._compile(tool_use)
+        control = tokenizer.control_tokens(source + (tool_use or ""))
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        decisive = [source, *([tool_use] if tool_use else []), self._special]
+        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def _compile(self, source: str) -> ChatJinja:
         try:
-            self._template = self._environment.from_string(source)
-            self.marks_generation = _uses_generation(self._environment, source)
+            return ChatJinja(source)
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{name}: line {error.lineno}: {error.message}") from None
-        self.fingerprint = hashlib.sha256(json.dumps([source, self._special], sort_keys=True).encode()).hexdigest()
+            raise DataError(f"{self.name}: line {error.lineno}: {error.message}") from None
 
     def __reduce__(self):
         """Compiled jinja cannot be pickled: a copy is compiled anew from the source, and needs no `check`."""
-        return Template, (self.source, self._tokenizer, self.name), {"_content_as_blocks": self._content_as_blocks}
+        arguments = self.source, self._tokenizer, self.name, self._tool_use
+        return Template, arguments, {"_content_as_blocks": self._content_as_blocks}
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether it says by `{% generation %}` what the assistant writes."""
+        return self._default.marks_generation
 
     def files(self) -> dict[str, bytes]:
         """What an export holds beside the tokenizer, so that the model is used as it was trained."""
-        return {"chat_template.jinja": self.source.encode()}
+        more = {f"{NAMED_TEMPLATES}/tool_use.jinja": self._tool_use.encode()} if self._tool_use else {}
+        return {"chat_template.jinja": self.source.encode()} | more
 
     def render(self, messages, tools=None, add_generation_prompt: bool = False, trained_from: int = 0) -> Rendered:
         """The text of the messages and its trained spans: the assistant's turns of `messages[trained_from:]`.
 
         With the generation prompt, which asks for another turn, there are no spans. Raises ExampleFault:
         `template_refused` (the template's own complaint, such as roles that do not alternate), `template_rewrites`
-        (a turn is left out); DataError where a generation block cannot be traced.
+        (a turn is left out), `control_token` (see `_typed`); DataError where a generation block cannot be traced.
         """
         text, blocks = self._text(messages, tools, add_generation_prompt)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        render = lambda part, asking: self._text(part, tools, asking)[0]  # noqa: E731
+        turns = Turns(render, messages, text, self._tokenizer, self.name)
         if add_generation_prompt:
             spans = []
-        elif self.marks_generation:
+        elif (self._with_tools if tools else self._default).marks_generation:
             spans = self._block_spans(text, blocks)
-            if trained_from and turns[0] < trained_from:
-                begin, _ = self._content_span(messages, tools, trained_from, text)
+            if trained_from and assistant[0] < trained_from:
+                begin = turns.begin(trained_from)
                 spans = [(start, end) for start, end in spans if end > begin]
         else:
-            spans = [self._turn_span(messages, tools, index, text) for index in turns if index >= trained_from]
-        return Rendered(text, tuple((start, end) for start, end in spans if end > start))
+            spans = [turns.span(index) for index in assistant if index >= trained_from]
+        kept = tuple((start, end) for start, end in spans if end > start)
+        return Rendered(text, kept, self._typed(messages, tools, add_generation_prompt, text))
 
     def encode(self, messages, tokenizer: Tokenizer, tools=None, add_generation_prompt: bool = False) -> list[int]:
         """The ids of the messages, BOS once: what the model sees, as a prompt with `add_generation_prompt`."""
-        return tokenizer.with_bos(tokenizer.encode(self._text(messages, tools, add_generation_prompt)[0]))
+        text, _ = self._text(messages, tools, add_generation_prompt)
+        breaks = self._typed(messages, tools, add_generation_prompt, text)
+        return tokenizer.with_bos(tokenizer.encode_with_offsets(text, breaks)[0])
+
+    def check_example(self, messages, tools=None, trained_from: int = 0) -> None:
+        """Raises ExampleFault for what rendering, like that of `transformers`, passes over in silence.
+
+        Reasons: `tools_not_shown`, `calls_not_shown`, `thoughts_not_shown` (the template shows none of them: the model
+        would learn to call what it is not told of, or an empty turn), `ends_within` (a trained turn holds a token at
+        which generation stops, so in use the rest of it never comes).
+        """
+        stops = [self._tokenizer.token(index) for index in self._tokenizer.stop_ids]
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and index >= trained_from:
+                found = next((stop for text in _strings(message) for stop in stops if stop in text), None)
+                if found:
+                    detail = f"message {index + 1}, the assistant's, holds {found}, at which generation stops"
+                    raise ExampleFault("ends_within", f"{detail}; the template writes the end of a turn itself")
+        calls = any(message.get("tool_calls") for message in messages)
+        thoughts = any(messages[-1].get(field) for field in REASONING)  # of earlier turns many templates forget them
+        text = self._text(messages, tools, False)[0] if tools or calls or thoughts else None
+        if tools and self._text(messages, None, False)[0] == text:
+            raise ExampleFault("tools_not_shown", f"{self.name}: does not show the model which tools it is offered")
+        for keys, there, reason, what in (
+            (("tool_calls",), calls, "calls_not_shown", "the assistant's tool calls"),
+            (REASONING, thoughts, "thoughts_not_shown", "what the assistant thinks"),
+        ):
+            without = [{key: value for key, value in message.items() if key not in keys} for message in messages]
+            if there and self._text_if_accepted(without, tools) == text:
+                raise ExampleFault(reason, f"{self.name}: leaves out {what}")
 
     def generation_prefix_fault(self, messages, tools=None, trained_from: int = 0) -> str | None:
         """None where what the model is given in use is the beginning of what it is trained on, else what differs.
@@ -179,7 +233,7 @@ class Template:
                 continue
             rendered = True
             if "Answer." in text:
-                if not text.startswith(self._prompt(dialogue[:1], None) or ""):
+                if not text.startswith(self._text_if_accepted(dialogue[:1], None, True) or ""):
                     logger.warning("%s: its generation prompt is not the beginning of the text trained on", self.name)
                 return
         self._content_as_blocks = False
@@ -188,24 +242,79 @@ class Template:
 
     def _text(self, messages, tools, add_generation_prompt: bool) -> tuple[str, list[tuple[int, str]]]:
         """The text, and (start, words) of each generation block."""
-        written = self._blocks.begin()
         try:
-            stream = self._template.generate(
-                messages=[self._as_blocks(message) for message in messages],
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
-            )
-            for piece in stream:
-                written.append(piece)
+            return self._rendered([self._prepared(message) for message in messages], tools, add_generation_prompt)
         except jinja2.TemplateError as error:
             detail = " ".join(str(error.message or error).split())
             raise ExampleFault("template_refused", f"{self.name}: {detail}") from None
         except (TypeError, ValueError, KeyError, AttributeError) as error:  # a slip of the template on this example
             detail = " ".join(str(error).split())
             raise ExampleFault("template_refused", f"{self.name}: {type(error).__name__}: {detail}") from None
-        return "".join(written), self._blocks.found
+
+    def _rendered(self, messages: list[dict], tools, add_generation_prompt: bool) -> tuple[str, list[tuple[int, str]]]:
+        compiled = self._with_tools if tools else self._default
+        variables = {
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special,
+        }
+        try:
+            return compiled.render(messages=messages, **variables)
+        except TypeError:
+            # Some templates join arguments to text as they are, and so want them as a JSON string.
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            return compiled.render(messages=[_arguments_as_text(message) for message in messages], **variables)
+
+    def _text_if_accepted(self, messages, tools, add_generation_prompt: bool = False) -> str | None:
+        """None where the template refuses the messages (an empty list, say)."""
+        try:
+            return self._text(messages, tools, add_generation_prompt)[0]
+        except ExampleFault:
+            return None
+
+    def _prepared(self, message: dict) -> dict:
+        """A message as the template reads it. Thoughts go by several names; `transformers` fills them in likewise."""
+        thoughts = next((message[field] for field in REASONING if message.get(field) is not None), None)
+        if thoughts is not None:
+            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        if self._content_as_blocks:
+            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+        return message
+
+    def _typed(self, messages, tools, add_generation_prompt: bool, text: str) -> tuple[int, ...]:
+        """Places within control tokens of `text` that come from a message or a tool, and not from the template.
+
+        Found by rendering again with a mark in each. What the assistant says is left as it is: models do write control
+        tokens, and what is trained is its author's (`check_example` looks for ends of turns). Raises ExampleFault where
+        the template itself reads the token, so that it renders otherwise without.
+        """
+        seen = [message for message in messages if message["role"] != "assistant"]
+        found = {match.group() for string in _strings([seen, tools]) for match in self._control.finditer(string)}
+        if not found:
+            return ()
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        marked = [m if m["role"] == "assistant" else self._marked(m, mark) for m in messages]
+        parts = self._text(marked, self._marked(tools, mark), add_generation_prompt)[0].split(mark)
+        if "".join(parts) != text:
+            tokens = ", ".join(sorted(found))
+            raise ExampleFault("control_token", f"{self.name}: reads the control token {tokens} in a message")
+        return tuple(itertools.accumulate(map(len, parts[:-1])))
+
+    def _marked(self, value, mark: str):
+        """The value with the mark behind the first character of every control token, overlapping ones too."""
+        if isinstance(value, dict):
+            return {key: self._marked(item, mark) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(item, mark) for item in value]
+        if not isinstance(value, str):
+            return value
+        pieces, done = [], 0
+        while match := self._control.search(value, done):
+            pieces.append(value[done : match.start() + 1])
+            done = match.start() + 1
+        return mark.join([*pieces, value[done:]])
 
     def _block_spans(self, text: str, blocks: list[tuple[int, str]]) -> list[tuple[int, int]]:
         for start, words in blocks:
@@ -213,105 +322,20 @@ class Template:
                 raise DataError(f"{self.name}: a generation block inside a macro or a filter cannot be traced")
         return [(start, start + len(words)) for start, words in blocks]
 
-    def _as_blocks(self, message: dict) -> dict:
-        if not self._content_as_blocks:
-            return message
-        return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
-    def _turn_span(self, messages, tools, index: int, text: str) -> tuple[int, int]:
-        """Where assistant turn `index` stands in `text`: what it adds to the prompt that asks for it.
-
-        That is render(through the turn) less render(before it, with the generation prompt), as far as both are
-        beginnings of the text; where the template writes a turn otherwise once others follow, what depends on the
-        turn's content. White space that the template writes behind a closing special token is never sampled, so it is
-        not trained.
-        """
-        before = self._prompt(messages[:index], tools)
-        through = text if index == len(messages) - 1 else self._text(messages[: index + 1], tools, False)[0]
-        asked = before is not None and text.startswith(before)
-        if asked and text.startswith(through):
-            start, end = len(before), len(through)
-        else:
-            start, end = self._content_span(messages, tools, index, text)
-            start = len(before) if asked else start
-            own_end = self._content_span(messages[: index + 1], tools, index, through)[1]
-            closing = _common(text[end:], through[own_end:])
-            # The common part may end within the next special token ("<|" of two of them): keep whole tokens.
-            ends = [stop for _, stop in self._tokenizer.encode_with_offsets(text[end:])[1]]
-            end += max((stop for stop in ends if stop <= closing), default=0)
-        closed = text[:end].rstrip()
-        return start, len(closed) if closed.endswith(self._whole_tokens) else end
-
-    def _prompt(self, messages, tools) -> str | None:
-        """The messages with the generation prompt; None where the template refuses them (an empty list, say)."""
-        try:
-            return self._text(messages, tools, True)[0]
-        except ExampleFault:
-            return None
-
-    def _content_span(self, messages, tools, index: int, text: str) -> tuple[int, int]:
-        """The characters of `text` that depend on the content of message `index`."""
-        other = {**messages[index], "content": "\ue000"}  # private use: no content begins or ends with it
-        changed = self._text((*messages[:index], other, *messages[index + 1 :]), tools, False)[0]
-        if changed == text:
-            raise ExampleFault("template_rewrites", f"{self.name}: leaves out message {index + 1}, the assistant's")
-        start = _common(text, changed)
-        return start, len(text) - _common(text[start:][::-1], changed[start:][::-1])
+def _arguments_as_text(message: dict) -> dict:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
+    changed = [c | {"function": c["function"] | {"arguments": text}} for c, text in zip(calls, texts, strict=True)]
+    return message | {"tool_calls": changed}
 
 
-class GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: notes where in the stream of pieces each block begins."""
-
-    tags = frozenset({"generation"})
-
-    def begin(self) -> list[str]:
-        """Starts a rendering; the caller appends every piece of the stream to the list that is returned."""
-        self.found: list[tuple[int, str]] = []
-        self._written: list[str] = []
-        return self._written
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
-
-    def _note(self, caller) -> str:
-        words = caller()
-        self.found.append((sum(map(len, self._written)), words))
-        return words
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters the two have in common at the beginning; by bisection, which leaves the work to memcmp."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _uses_generation(environment, source: str) -> bool:
-    nodes = environment.parse(source).find_all(jinja2.nodes.ExtensionAttribute)
-    return any(node.identifier == GenerationBlocks.identifier for node in nodes)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """As `transformers` sets it up; tojson must not escape HTML as jinja's own does."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
+def _strings(value):
+    """All strings in nested dicts and lists, but for keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)

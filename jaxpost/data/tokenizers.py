@@ -6,11 +6,13 @@ space is put before the text's first character only (with `legacy`, after each s
 """
 
 import abc
+import bisect
 import gzip
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import sentencepiece
 import tokenizers
@@ -20,6 +22,7 @@ from jaxpost.errors import DataError
 
 MODEL_FILES = ("tokenizer.json", "tokenizer.json.gz", "tokenizer.model")  # the first that is there is read
 SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of jinja files beside chat_template.jinja
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 Offsets = list[tuple[int, int]]
@@ -43,6 +46,8 @@ def load_tokenizer(path) -> "Tokenizer":
     # A folder may hold the same tokenizer in both forms; an export then does so too.
     names = (*SETTING_FILES, "tokenizer.json", "tokenizer.model") if given.is_dir() else SETTING_FILES
     beside = {name: (model.parent / name).read_bytes() for name in names if (model.parent / name).exists()}
+    more = model.parent / NAMED_TEMPLATES
+    beside |= {f"{NAMED_TEMPLATES}/{file.name}": file.read_bytes() for file in sorted(more.glob("*.jinja"))}
     settings = _Settings(str(path), model.parent, beside)
     kind = JsonTokenizer if content.lstrip()[:1] == b"{" else SentencePieceTokenizer
     return kind(content, settings)
@@ -80,12 +85,19 @@ class _Settings:
         self.templates = self._read_templates()
 
     def _read_templates(self) -> dict[str, str]:
+        """By name; files come before what tokenizer_config.json says, as in `transformers`."""
+        found = named_templates(self.config.get("chat_template"))
         if "chat_template.jinja" in self.files:
-            return {"default": self.files["chat_template.jinja"].decode()}
-        template = self.config.get("chat_template")
-        if isinstance(template, list):
-            return {entry["name"]: entry["template"] for entry in template}
-        return {"default": template} if template else {}
+            found = {"default": self.files["chat_template.jinja"].decode()}
+        paths = [path for path in self.files if path.startswith(f"{NAMED_TEMPLATES}/")]
+        return found | {epath.Path(path).stem: self.files[path].decode() for path in paths}
+
+
+def named_templates(value) -> dict[str, str]:
+    """The key chat_template of tokenizer_config.json: one template, or a list of {"name", "template"}."""
+    if isinstance(value, list):
+        return {entry["name"]: entry["template"] for entry in value}
+    return {"default": value} if value else {}
 
 
 def _token_text(token) -> str:
@@ -152,9 +164,43 @@ class Tokenizer(abc.ABC):
         """Ids of the text: no BOS or EOS added; special tokens that are written in it become their ids."""
         return self.encode_with_offsets(text)[0]
 
+    def encode_with_offsets(self, text: str, breaks: Sequence[int] = ()) -> tuple[list[int], Offsets]:
+        """Ids and, for each, the (start, end) characters it stands for; bytes of one character share its span.
+
+        breaks: places (ascending) that no token goes across, so that a special token written there is plain text. A
+        mark is put there and its tokens are taken out again; the text around it is tokenised as one.
+        """
+        if not breaks:
+            return self._encode(text)
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)  # for private use
+        bounds = [0, *breaks, len(text)]
+        found = self._encode(mark.join(text[start:end] for start, end in itertools.pairwise(bounds)))
+        marks = [place + number for number, place in enumerate(breaks)]
+        ids, offsets = [], []
+        for index, (start, end) in zip(*found, strict=True):
+            before, within = bisect.bisect_left(marks, start), bisect.bisect_left(marks, end)
+            if before == within:
+                ids.append(index)
+                offsets.append((start - before, end - before))
+            elif end - start > 1:
+                raise DataError(f"{self.name}: has a token that joins U+{ord(mark):04X} with text")
+        return ids, offsets
+
+    def control_tokens(self, template: str) -> list[str]:
+        """The tokens that give a conversation its form, longest first: the special ones, and of the other added ones
+        those that the template (jinja source) writes, but for pairs such as <think> and </think>, which people discuss
+        and models write."""
+        whole = set(self.whole_tokens)
+
+        def is_control(token: str) -> bool:
+            opening = token.replace("</", "<", 1)
+            paired = {opening, opening.replace("<", "</", 1)} <= whole and opening[:1] == "<"
+            return self.is_special(self.token_id(token)) or (token in template and not paired)
+
+        return sorted((t for t in whole if len(t) > 1 and t.strip() and is_control(t)), key=lambda t: (-len(t), t))
+
     @abc.abstractmethod
-    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """Ids and, for each, the (start, end) characters it stands for; bytes of one character share its span."""
+    def _encode(self, text: str) -> tuple[list[int], Offsets]: ...
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
@@ -210,7 +256,7 @@ class JsonTokenizer(Tokenizer):
         self._first_added = first if first in self._specials else None
         super().__init__(content, settings, adds_bos=self._first_added is not None)
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    def _encode(self, text: str) -> tuple[list[int], Offsets]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -284,7 +330,7 @@ class SentencePieceTokenizer(Tokenizer):
                 self._specials.add(index)
         return strip
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    def _encode(self, text: str) -> tuple[list[int], Offsets]:
         ids, offsets, done = [], [], 0
         for match in self._split.finditer(text):
             self._encode_piece(text, done, match.start(), ids, offsets)

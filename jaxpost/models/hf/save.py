@@ -59,6 +59,7 @@ def export(
         for name, values in config_files(policy.config, dtype).items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
         for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         _replace(folder, target)
     except (OSError, SafetensorError) as error:
