@@ -25,6 +25,7 @@ Refusal = Literal[
     "empty_mask",
     "seen_trained",
     "completion_lost",
+    "not_shown",
     "pad_inside",
     "chosen_equals_rejected",
     "prompt_not_prefix",

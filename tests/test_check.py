@@ -66,6 +66,7 @@ PLANTED = {
         [TALK, LONG],
         {"on_long": "drop", "max_tokens": 30, "max_dropped": 0.5},
     ),
+    "not_shown": ([TALK, TALK | {"tools": [{"name": "sun"}]}], 2, {"template": GOOD}, [TALK], {"template": GOOD}),
     "pad_inside": ([TEXT, {"text": "The <pad> sun."}], 2, {}, [TEXT, {"text": "The pad."}], {}),
     "chosen_equals_rejected": (
         [TWO, TWO, pair("The sun.", "The sun. ")],

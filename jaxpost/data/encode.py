@@ -99,7 +99,7 @@ def _sequence(example: Example, completion, template: Template, tokenizer: Token
         text = prompt + completion + ("" if end and completion.endswith(end) else end)
         return _tokenize(Rendered(text, ((len(prompt), len(text)),)), tokenizer)
     messages, tools, seen = (*example.prompt.messages, *completion), example.prompt.tools, len(example.prompt.messages)
-    template.check_example(messages, tools, trained_from=seen)
+    template.check_ends(messages, trained_from=seen)
     return _tokenize(template.render(messages, tools, trained_from=seen), tokenizer)
 
 
@@ -109,7 +109,6 @@ def _question(example: Example, template: Template, tokenizer: Tokenizer) -> Seq
         ids = tokenizer.with_bos(tokenizer.encode(example.prompt))
     else:
         messages, tools = example.prompt.messages, example.prompt.tools
-        template.check_example(messages, tools, trained_from=len(messages))
         ids = template.encode(messages, tokenizer, tools, add_generation_prompt=True)
     return Sequence(np.array(ids, np.int32), np.zeros(len(ids), bool))
 

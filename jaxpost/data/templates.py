@@ -166,12 +166,10 @@ class Template:
         breaks = self._typed(messages, tools, add_generation_prompt, text)
         return tokenizer.with_bos(tokenizer.encode_with_offsets(text, breaks)[0])
 
-    def check_example(self, messages, tools=None, trained_from: int = 0) -> None:
-        """Raises ExampleFault for what rendering, like that of `transformers`, passes over in silence.
+    def check_ends(self, messages, trained_from: int = 0) -> None:
+        """Raises ExampleFault `ends_within`: a trained turn holds a token at which generation stops.
 
-        Reasons: `tools_not_shown`, `calls_not_shown`, `thoughts_not_shown` (the template shows none of them: the model
-        would learn to call what it is not told of, or an empty turn), `ends_within` (a trained turn holds a token at
-        which generation stops, so in use the rest of it never comes).
+        In use the rest of that turn never comes; and what ends a turn, the template writes.
         """
         stops = [self._tokenizer.token(index) for index in self._tokenizer.stop_ids]
         for index, message in enumerate(messages):
@@ -180,18 +178,20 @@ class Template:
                 if found:
                     detail = f"message {index + 1}, the assistant's, holds {found}, at which generation stops"
                     raise ExampleFault("ends_within", f"{detail}; the template writes the end of a turn itself")
-        calls = any(message.get("tool_calls") for message in messages)
-        thoughts = any(messages[-1].get(field) for field in REASONING)  # of earlier turns many templates forget them
-        text = self._text(messages, tools, False)[0] if tools or calls or thoughts else None
-        if tools and self._text(messages, None, False)[0] == text:
-            raise ExampleFault("tools_not_shown", f"{self.name}: does not show the model which tools it is offered")
-        for keys, there, reason, what in (
-            (("tool_calls",), calls, "calls_not_shown", "the assistant's tool calls"),
-            (REASONING, thoughts, "thoughts_not_shown", "what the assistant thinks"),
-        ):
-            without = [{key: value for key, value in message.items() if key not in keys} for message in messages]
-            if there and self._text_if_accepted(without, tools) == text:
-                raise ExampleFault(reason, f"{self.name}: leaves out {what}")
+
+    def not_shown(self, messages, tools=None) -> str | None:
+        """What the template, as `transformers` has it, passes over in silence: the tools, or the last turn's thoughts.
+
+        Of earlier turns many templates forget the thoughts. Raises ExampleFault where the messages cannot be rendered.
+        """
+        thoughts = any(messages[-1].get(field) for field in REASONING)
+        text = self._text(messages, tools, False)[0] if tools or thoughts else None
+        if tools and self._text_if_accepted(messages, None) == text:
+            return "the template does not show the model which tools it is offered"
+        last = {key: value for key, value in messages[-1].items() if key not in REASONING}
+        if thoughts and self._text_if_accepted([*messages[:-1], last], tools) == text:
+            return "the template leaves out what the assistant thinks"
+        return None
 
     def generation_prefix_fault(self, messages, tools=None, trained_from: int = 0) -> str | None:
         """None where what the model is given in use is the beginning of what it is trained on, else what differs.
@@ -287,7 +287,7 @@ class Template:
         """Places within control tokens of `text` that come from a message or a tool, and not from the template.
 
         Found by rendering again with a mark in each. What the assistant says is left as it is: models do write control
-        tokens, and what is trained is its author's (`check_example` looks for ends of turns). Raises ExampleFault where
+        tokens, and what is trained is its author's (`check_ends` looks for ends of turns). Raises ExampleFault where
         the template itself reads the token, so that it renders otherwise without.
         """
         seen = [message for message in messages if message["role"] != "assistant"]

@@ -359,23 +359,24 @@ def test_a_turn_that_others_stand_within_is_a_fault(tokenizer):
     assert fault.value.reason == "template_rewrites"
 
 
-def test_what_a_template_leaves_out_is_a_fault_of_the_example(tokenizer):
-    def reason(source, messages, tools=None, **options):
-        with pytest.raises(ExampleFault) as fault:
-            Template(source, tokenizer).check_example(messages, tools, **options)
-        return fault.value.reason
-
+def test_what_a_template_leaves_out(tokenizer):
+    plain, chatml = load_template("plain", tokenizer), Template(CHATML, tokenizer)
     thinking = (USER, BOT | {"reasoning_content": "Hm"})
-    assert reason(CHATML, DIALOGUE, [ADD]) == "tools_not_shown"
-    assert reason(CHATML, CALLED) == "calls_not_shown"
-    assert reason(CHATML, thinking) == "thoughts_not_shown"
-    assert reason(CHATML, (USER, BOT | {"content": "Jane</s> Austen."})) == "ends_within"
-    plain = load_template("plain", tokenizer)
-    plain.check_example(CALLED, [ADD])
-    plain.check_example(DIALOGUE)
-    Template(CHATML, tokenizer).check_example((*thinking, USER, BOT))  # thoughts of earlier turns may be forgotten
-    Template(CHATML, tokenizer).check_example((USER, BOT | {"content": "Jane</s>"}, USER, BOT), trained_from=3)
-    plain.check_example((USER | {"content": "What is </s>?"}, BOT))
+    assert "which tools it is offered" in chatml.not_shown(DIALOGUE, [ADD])
+    assert "what the assistant thinks" in chatml.not_shown(thinking)
+    assert chatml.not_shown((*thinking, USER, BOT)) is None  # thoughts of earlier turns may be forgotten
+    assert chatml.not_shown(DIALOGUE) is None and plain.not_shown(CALLED, [ADD]) is None
+
+
+def test_an_end_within_an_answer_is_a_fault(tokenizer):
+    template, ended = Template(CHATML, tokenizer), BOT | {"content": "Jane</s> Austen."}
+    with pytest.raises(
+        ExampleFault, match="message 2, the assistant's, holds </s>, at which generation stops"
+    ) as fault:
+        template.check_ends((USER, ended))
+    assert fault.value.reason == "ends_within"
+    template.check_ends((USER, ended, USER, BOT), trained_from=3)
+    template.check_ends((USER | {"content": "What is </s>?"}, BOT))
 
 
 # --- control tokens that somebody typed -----------------------------------------------------------------------------

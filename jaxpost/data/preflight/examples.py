@@ -29,7 +29,7 @@ SNIPPET = 8  # tokens shown of what should not be trained
 def check_examples(
     dataset: Dataset, tokenizer: Tokenizer, template: Template, most: int | None = None
 ) -> tuple[int, list[Problem]]:
-    """(examples rendered again, their problems): seen_trained, completion_lost, prompt_not_prefix."""
+    """(examples rendered again, their problems): seen_trained, completion_lost, not_shown, prompt_not_prefix."""
     problems, rendered = [], 0
     for document in dataset.documents if most is None else dataset.documents.sample(most):
         example = dataset.example(document.example_id)
@@ -37,7 +37,7 @@ def check_examples(
             continue
         rendered += 1
         view = _View(document, example, tokenizer, template)
-        problems += [*view.check_mask(), *view.check_calls(), *view.check_prompt()]
+        problems += [*view.check_mask(), *view.check_calls(), *view.check_shown(), *view.check_prompt()]
     return rendered, problems
 
 
@@ -76,6 +76,14 @@ class _View:
                     detail = f"the template leaves out the tool calls of message {number}"
                     return [Problem("completion_lost", detail, self._example.origin)]
         return []
+
+    def check_shown(self) -> list[Problem]:
+        """The template shows the tools that are offered, and what the assistant thinks before its last answer."""
+        if not isinstance(self._example.prompt, Conversation):
+            return []
+        seen, tools = self._example.prompt.messages, self._example.prompt.tools
+        details = [self._template.not_shown((*seen, *completion), tools) for completion in self._example.completions]
+        return [Problem("not_shown", detail, self._example.origin) for detail in details if detail][:1]
 
     def check_prompt(self) -> list[Problem]:
         """The prompt that the template gives in use begins the text that is trained on, at every trained turn."""

@@ -15,6 +15,7 @@ REFUSALS = {
     "empty_mask": "no token of a completion is trained",
     "seen_trained": "a token of a user's, a system's or a tool's words is trained",
     "completion_lost": "a completion, or a part of it, does not fit in data.max_tokens or is left out by the template",
+    "not_shown": "the tools offered, or what the assistant thinks, are left out by the template",
     "pad_inside": "a padding token inside a document",
     "chosen_equals_rejected": "chosen and rejected have the same tokens",
     "beyond_vocabulary": "a token that the model has no embedding for",
