@@ -47,7 +47,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train: Sources = key("`embedded`, a path, or a list of paths or [path, weight] pairs")
+    train: Sources = key("`embedded`, a path, or a list of paths, [path, weight] or {'path': ..., 'tokens': a budget}")
     eval: Sources | None = key("as data.train; None = the held-out split of `embedded`, else see eval_examples", None)
     eval_examples: int = key("where data.eval is None: examples of data.train held out, drawn by run.seed", 200, low=0)
     format: str = key("name of the record format; auto = by the fields", "auto")
@@ -57,6 +57,12 @@ class DataConfig:
     # Real files lose 0.4 % to faults (hh-rlhf), up to 2 % to length at fitting settings: beyond 5 % a setting is wrong.
     max_dropped: float = key("largest share of the examples that may be dropped", 0.05, low=0, high=1)
     allow: tuple[Refusal, ...] = key("refusals of the preflight that become warnings", ())
+    tokenize: Literal["auto", "ahead", "lazy"] = key(
+        "before the first step or as the run goes; auto = lazy beyond 100,000 uncached examples where run.steps is set",
+        "auto",
+    )
+    workers: int | None = key("processes that tokenise; 0 = none besides, None = by cores and work", None, low=0)
+    cache_dir: str | None = key("folder of tokenised data; None = the user's cache folder, '' = off", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +243,17 @@ def override(values: dict, name: str, text: str) -> None:
     inner[leaf] = schema.read(field.type if field else Scalar, text)
 
 
+def needs_all_documents(c: Config) -> str | None:
+    """The key and value that need all documents before the first step, if any."""
+    if c.run.steps is None:
+        return f"run.epochs={c.run.epochs}, whose steps are counted first"
+    if c.stage in STAGES_WITH_REFERENCE and c.reference.mode == "cached":
+        return "reference.mode='cached', which reads all first"
+    if any(isinstance(amount, dict) for _, amount in c.data.train):
+        return "a budget of tokens in data.train"
+    return None
+
+
 def _fill(config: Config) -> Config:
     """The defaults that depend on other keys."""
     loss, data = config.loss, config.data
@@ -282,5 +299,7 @@ def _contradictions(c: Config):
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
         changed = next(k for k in differences(c.reference, ReferenceConfig()))
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
+    if c.data.tokenize == "lazy" and (reason := needs_all_documents(c)):
+        yield "data.tokenize", f"'lazy' contradicts {reason}; set 'auto' or 'ahead'"
     if c.reference.mode == "live" and c.reference.cache_dir is not None:
         yield "reference.cache_dir", "reference.mode='live' keeps nothing on disk; set None"

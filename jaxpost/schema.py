@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 from jaxpost.errors import ConfigError
 
-Sources = tuple[tuple[str, float], ...]  # ((path, weight), ...); given as a path, or paths, or [path, weight] pairs
+# ((path, amount), ...), an amount a weight or {"tokens": n}; given as a path, or a list of paths, of [path, weight]
+# pairs and of {"path": ..., "weight": ...} or {"path": ..., "tokens": ...}
+Sources = tuple[tuple[str, float | dict[str, int]], ...]
 Scalar = int | float | bool | str | None
 NO_LIMITS = types.MappingProxyType({})
 
@@ -83,7 +85,7 @@ def read(annotation, text: str):
     options = typing.get_args(annotation)
     if plain in ("None", "none") and types.NoneType in options:
         return None
-    listed = plain[:1] in ("[", "(")
+    listed = plain[:1] in ("[", "(", "{")
     is_text = annotation in (str, str | None) or typing.get_origin(annotation) is Literal
     if is_text or (annotation in (Sources, Sources | None) and not listed):
         return text
@@ -168,17 +170,36 @@ def _tuple(name: str, annotation, value, limits: Mapping) -> tuple:
 
 
 def _sources(name: str, value) -> Sources:
-    if isinstance(value, str):
+    if isinstance(value, str) or _is_mapping(value):
         value = [value]
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f"{name}: expected a path or a list of paths or [path, weight] pairs, got {value!r}")
-    pairs = []
-    for item in value:
-        path, weight = item if isinstance(item, list | tuple) and len(item) == 2 else (item, 1.0)
-        if not isinstance(path, str) or not path:
-            raise ConfigError(f"{name}: expected a path or a [path, weight] pair, got {item!r}")
-        pairs.append((path, _value(name, float, weight, {"above": 0})))
-    return tuple(pairs)
+    return tuple(_source(name, item) for item in value)
+
+
+def _source(name: str, item) -> tuple[str, float | dict[str, int]]:
+    """One of `Sources`, from any of the forms it may be given in."""
+    path, amount = item if isinstance(item, list | tuple) and len(item) == 2 else (item, 1.0)
+    if _is_mapping(item):
+        given = to_dict(item)
+        path = given.pop("path", None)
+        if len(given) > 1 or not given.keys() <= {"weight", "tokens"}:
+            raise ConfigError(f"{name}: expected the keys path and weight, or path and tokens, got {item!r}")
+        amount = given.pop("weight", given or 1.0)
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{name}: expected a path or a [path, weight] pair, got {item!r}")
+    if _is_mapping(amount):
+        given = to_dict(amount)
+        if given.keys() != {"tokens"}:
+            raise ConfigError(f"{name}: expected a weight or a number of tokens for {path}, got {amount!r}")
+        if type(given["tokens"]) is not int or given["tokens"] < 1:
+            raise ConfigError(f"{name}: tokens of {path}: expected a whole number from 1, got {given['tokens']!r}")
+        return path, given
+    return path, _value(name, float, amount, {"above": 0})
+
+
+def _is_mapping(value) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "to_dict")  # ConfigDict is no Mapping
 
 
 def _scalar(name: str, value) -> Scalar:

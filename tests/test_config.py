@@ -65,10 +65,19 @@ def test_config_dicts_and_their_references_are_read():
         (["a", "b"], (("a", 1.0), ("b", 1.0))),
         ([["a", 2], "b"], (("a", 2.0), ("b", 1.0))),
         ((("a", 0.25),), (("a", 0.25),)),
+        ({"path": "a", "tokens": 500}, (("a", {"tokens": 500}),)),
+        ([{"path": "a"}, {"path": "b", "weight": 2}], (("a", 1.0), ("b", 2.0))),
+        (["a", ["c", {"tokens": 7}]], (("a", 1.0), ("c", {"tokens": 7}))),
     ],
 )
-def test_sources_become_pairs_of_path_and_weight(given, pairs):
-    assert resolved(data__train=given).data.train == pairs
+def test_sources_become_pairs_of_path_and_amount(given, pairs):
+    config = resolved(data__train=given)
+    assert config.data.train == pairs
+    assert configs.resolve(json.loads(configs.to_json(config))) == resolved(data__train=config.data.train)
+    assert resolved(data__train=ConfigDict({"x": given}).to_dict()["x"]).data.train == pairs
+    values = json.loads(json.dumps(SMALLEST))
+    configs.override(values, "data.train", given if isinstance(given, str) else repr(given))
+    assert configs.resolve(values).data.train == pairs
 
 
 def test_the_embedded_data_bring_their_own_held_out_split():
@@ -107,6 +116,15 @@ WRONG = [
     ("data__train", [], "data.train: expected a path or a list of paths or [path, weight] pairs, got []"),
     ("data__train", ["a", 0.5], "data.train: expected a path or a [path, weight] pair, got 0.5"),
     ("data__train", [["a", 0]], "data.train: 0 is out of range; expected 0 < train"),
+    ("data__train", {"path": "a", "tokens": 0}, "data.train: tokens of a: expected a whole number from 1, got 0"),
+    (
+        "data__train",
+        [{"path": "a", "tokens": 5, "weight": 1}],
+        "data.train: expected the keys path and weight, or path and tokens, "
+        "got {'path': 'a', 'tokens': 5, 'weight': 1}",
+    ),
+    ("data__train", [["a", {"t": 5}]], "data.train: expected a weight or a number of tokens for a, got {'t': 5}"),
+    ("data__workers", -1, "data.workers: -1 is out of range; expected 0 <= workers"),
     ("loss__beta", [0.1], "loss.beta: expected a number, True, False, a string or None, got [0.1]"),
     ("loss__beta", float("inf"), "loss.beta: expected a finite number, got inf"),
     # ranges and choices
@@ -146,6 +164,15 @@ CONTRADICTIONS = [
     ),
     ({"run__eval_every": 5, "data__eval_examples": 0}, "run.eval_every: 5, but data.eval is None"),
     ({"stage": "sft", "reference__path": "x"}, "reference.path: the stage sft has no reference"),
+    ({"data__tokenize": "lazy"}, "data.tokenize: 'lazy' contradicts reference.mode='cached'"),
+    (
+        {"data__tokenize": "lazy", "run__steps": None, "run__epochs": 1},
+        "data.tokenize: 'lazy' contradicts run.epochs=1",
+    ),
+    (
+        {"data__tokenize": "lazy", "stage": "sft", "data__train": {"path": "a", "tokens": 9}},
+        "data.tokenize: 'lazy' contradicts a budget of tokens",
+    ),
     ({"reference__mode": "live", "reference__cache_dir": "x"}, "reference.cache_dir: reference.mode='live'"),
 ]
 
@@ -165,6 +192,7 @@ def test_keys_that_contradict_each_other_are_named(changes, start):
         {"mesh__data": -1, "mesh__fsdp": 1},
         {"mesh__data": 4, "batch__accumulate": 2},
         {"run__resume": True, "run__dir": "x"},
+        {"data__tokenize": "lazy", "reference__mode": "live"},
     ],
 )
 def test_the_edge_of_a_contradiction_is_allowed(changes):

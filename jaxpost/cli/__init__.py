@@ -14,6 +14,7 @@ from jaxpost.errors import ConfigError, UserError
 VERBS = {
     "train": "runs the stage that a config describes",
     "check": "shows what a config's data becomes, without training",
+    "data": "names file, line and transform of every document in a step's rows",
     "chat": "talks to a checkpoint",
     "export": "writes a run's weights in Hugging Face layout",
 }

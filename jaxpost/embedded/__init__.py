@@ -47,8 +47,8 @@ def resolve(location: str) -> str:
     return str(path(name)) if prefix == "embedded" else location
 
 
-def sources(locations: Iterable[tuple[str, float]], stage: str, split: str) -> list[tuple[str, float]]:
-    """`(location, weight)` pairs with `embedded` replaced by the world's files for this stage and split.
+def sources(locations: Iterable[tuple[str, float | dict]], stage: str, split: str) -> list[tuple[str, float | dict]]:
+    """`(location, weight or budget)` pairs with `embedded` replaced by the world's files for this stage and split.
 
     Raises ConfigError where the world has no data for the stage.
     """
@@ -56,6 +56,9 @@ def sources(locations: Iterable[tuple[str, float]], stage: str, split: str) -> l
     for location, weight in locations:
         if location != "embedded":
             found.append((resolve(location), weight))
+        elif isinstance(weight, dict):
+            files = ", ".join(f"embedded:{name}" for name, _ in DATA.get((stage, split), ()))
+            raise ConfigError(f"data.{split}: a budget of tokens is of one file, `embedded` is several: {files}")
         elif (stage, split) in DATA:
             found += [(str(path(name)), weight * share) for name, share in DATA[stage, split]]
         else:

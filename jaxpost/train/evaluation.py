@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from jaxpost import embedded
-from jaxpost.data.loader import Loader
 from jaxpost.sharding import batch_sharding
 from jaxpost.train.run import LoadedModel
+from jaxpost.train.setup import one_pass
 from jaxpost.train.step import make_eval_step, total_loss
 from jaxpost.types import Term
 
@@ -69,17 +69,7 @@ class Evaluator:
         return found
 
     def batches(self):
-        batch = self.config.batch
-        loader = Loader(
-            self.data.eval,
-            rows_per_step=batch.rows_per_step // batch.accumulate,
-            tokens_per_row=batch.tokens_per_row,
-            documents_per_row=batch.documents_per_row,
-            branches=self.data.branches,
-            seed=0,
-            shuffle=False,
-            epochs=1,
-        )
+        loader = one_pass(self.config, self.data.eval, self.data.branches)
         for step in range(loader.steps_in_epoch(0)):
             yield jax.device_put(loader.batch(step), batch_sharding(self.mesh))
 

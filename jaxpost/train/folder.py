@@ -13,7 +13,7 @@ log = logging.getLogger("jaxpost")
 
 # What may differ when a run goes on: how long it lasts and where the folder now lies.
 MAY_GROW = ("run.steps", "run.epochs")
-MAY_DIFFER = ("run.dir", "run.resume", *MAY_GROW)
+MAY_DIFFER = ("run.dir", "run.resume", "data.tokenize", "data.workers", "data.cache_dir", *MAY_GROW)
 
 
 def choose_folder(config) -> tuple[epath.Path, bool]:

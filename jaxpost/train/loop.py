@@ -1,5 +1,6 @@
 """The loop that every offline stage shares: evaluate, train, checkpoint, evaluate again."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -16,15 +17,16 @@ from jaxpost.config import to_dict
 from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
 from jaxpost.sharding import batch_sharding, shardings_like
+from jaxpost.train import inputs
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.evaluation import Evaluation, Evaluator
 from jaxpost.train.folder import write_atomically, write_config
 from jaxpost.train.metrics import MetricsLog, open_writers
 from jaxpost.train.optimizer import make_optimizer
 from jaxpost.train.progress import Progress
-from jaxpost.train.report import end_tables, start_table
+from jaxpost.train.report import data_table, end_tables, start_table
 from jaxpost.train.run import Run
-from jaxpost.train.setup import with_shardings
+from jaxpost.train.setup import train_loader, with_shardings
 from jaxpost.train.step import make_train_step
 from jaxpost.types import TrainState
 
@@ -43,8 +45,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
       UserError: `optimizer.max_bad_steps` consecutive steps with a non-finite gradient, or an unusable checkpoint.
     """
     run, batch = config.run, config.batch
-    shape = {name: getattr(batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
-    loader = Loader(data.train, **shape, branches=data.branches, seed=run.seed, epochs=run.epochs)
+    loader = train_loader(config, data)
     total = run.steps or loader.total_steps(run.epochs)
     optimizer = make_optimizer(config.optimizer, total, model.abstract, model.policy.axes())
     evaluator = Evaluator(config, mesh, model, data, objective, frozen, carry)
@@ -61,6 +62,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
     checkpoints = Checkpointer(folder / "checkpoints", run.keep_last, run.keep_best)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
+        stack.callback(data.close)
         stack.enter_context(jax.set_mesh(mesh))
         start, extra = checkpoints.latest() if resume else None, {"num_tokens": 0}
         if resume and start is None:
@@ -69,7 +71,9 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
             state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(load_params())
         else:
             state, extra = checkpoints.restore(with_shardings(abstract, shardings))
+            loader = train_loader(config, data, extra.get("plan"))
         start = int(state.step)
+        inputs.record(folder, inputs.describe(config, model, data))
         write_config(folder, config)
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
@@ -80,6 +84,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         state, finished = loop.run(state, start, total, extra)
         after = loop.evaluation or evaluator(state.params)
         end_tables(before, after)
+        data_table(data, loop)
         result = Run(
             model=model,
             params=state.params,
@@ -135,11 +140,14 @@ def first_evaluation(folder, evaluator, state, metrics, start: int) -> Evaluatio
 class Loop:
     """Steps from `start` to `total`, with everything that happens between them."""
 
-    def __init__(self, config, folder, loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh):
+    def __init__(self, config, folder, loader: Loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh):
         self.config, self.folder, self.loader, self.step_fn = config, folder, loader, step_fn
         self.evaluator, self.checkpoints, self.metrics = evaluator, checkpoints, metrics
         self.frozen, self.mesh = frozen, mesh
         self.evaluation = None  # the newest, and only while it is that of the present weights
+        self.epochs = {}  # passes over each source, by the names of their metrics
+        self.waited = 0.0  # seconds for data, since the clock was set
+        self.timed = []  # (seconds, of which waited for data) of every row
 
     def run(self, state, start: int, total: int, extra: dict):
         """(state, finished). Stops after the present step, saved, when SIGTERM comes."""
@@ -152,7 +160,9 @@ class Loop:
             for step in range(start + 1, total + 1):
                 if run.profile and step == run.profile[0]:
                     jax.profiler.start_trace(str(self.folder / "profile"))
+                asked = time.perf_counter()
                 batch = next(batches)
+                self.waited += time.perf_counter() - asked
                 tokens = int((batch.rows.segments > 0).sum())
                 state, found = self.step_fn(state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh)))
                 if run.profile and step == sum(run.profile) - 1:
@@ -173,7 +183,7 @@ class Loop:
                 if save:
                     self.save(state, step)
                 if evaluate or save:
-                    self.clock = time.perf_counter()  # they are no part of the next step
+                    self.clock, self.waited = time.perf_counter(), 0.0  # they are no part of the next step
                 if stopping:
                     self.checkpoints.wait()
                     log.warning("SIGTERM: saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
@@ -186,12 +196,16 @@ class Loop:
         values = {name: float(mean.value) for name, mean in jax.device_get(found).items()}
         now = time.perf_counter()  # results come in order: from the one before to this one is the time of this step
         seconds, self.clock = now - self.clock, now
+        self.timed.append((seconds, self.waited))
+        self.waited = 0.0
         self.tokens += tokens
+        self.epochs = epoch_metrics(self.loader.epochs_done(step - 1))
         bad, limit = values.pop("bad_in_a_row"), self.config.optimizer.max_bad_steps
         terms = {name: values.pop(name) for name in list(values) if name.startswith("loss/")}
         if len(terms) > 1:  # of a single term it would only repeat the loss
             values |= terms
-        row = {"step": step, **values, "tokens_per_second": tokens / seconds, "num_tokens": self.tokens}
+        timed = {"tokens_per_second": tokens / seconds, "data_wait_share": self.wait_share(-1)}
+        row = {"step": step, **values, **timed, "num_tokens": self.tokens, **self.epochs}
         self.metrics.write(row)
         self.bar.update(step, values["loss"], tokens / seconds)
         if bad >= limit:
@@ -200,15 +214,29 @@ class Loop:
                 "were skipped; lower optimizer.learning_rate or look at the examples of these steps"
             )
 
+    def wait_share(self, first: int) -> float:
+        """Share of the time of the rows from `first` on in which the host waited for data; 0 of none."""
+        seconds, waited = map(sum, zip(*self.timed[first:], strict=True)) if self.timed[first:] else (1.0, 0.0)
+        return waited / seconds
+
     def evaluate(self, state, step: int):
         self.evaluation = self.evaluator(state.params)
         if self.evaluation.metrics:
             self.metrics.write({"step": step, **self.evaluation.rows()})
 
     def save(self, state, step: int):
-        extra = {"num_tokens": self.tokens, "place": self.loader.place(step - 1)._asdict()}
+        extra = {"num_tokens": self.tokens, "place": self.loader.place(step - 1)._asdict(), "plan": self.loader.plan()}
         loss = self.evaluation.metrics.get("loss") if self.evaluation else None
         self.checkpoints.save(step, state, extra, to_dict(self.config), loss)
+
+
+def epoch_metrics(done: dict[str, float]) -> dict[str, float]:
+    """`epoch`, and where there are several sources `data/epoch/NAME` of each: its file's name, or path if ambiguous."""
+    paths = [path for path in done if path]
+    names = {path: path.rstrip("/").rpartition("/")[2] for path in paths}
+    counts = collections.Counter(names.values())
+    found = {f"data/epoch/{name if counts[name] == 1 else path}": done[path] for path, name in names.items()}
+    return {"epoch": done[""], **(found if len(paths) > 1 else {})}
 
 
 @contextlib.contextmanager

@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
-import hashlib
 import logging
 
 import jax
 from etils import epath
 
-from jaxpost.data.loader import Loader
 from jaxpost.data.rows import gather_completions
 from jaxpost.data.values import ValueStore, attach, key
 from jaxpost.sharding import batch_sharding
+from jaxpost.train.inputs import model_files
 from jaxpost.train.objectives import token_logps_of
 from jaxpost.train.progress import track
-from jaxpost.train.setup import Data, Model, cache_folder
+from jaxpost.train.setup import Data, Model, cache_folder, one_pass
 
 log = logging.getLogger("jaxpost")
 NAME = "reference_logps"
@@ -28,7 +27,7 @@ def with_reference(data: Data, config, mesh, reference: Model, chunk: int) -> Da
     """
     identity = {
         "version": VERSION,
-        "model": fingerprint(reference.path),
+        "model": model_files(reference.path),
         "dtype": reference.policy.compute_dtype,
         **data.identity,
     }
@@ -39,17 +38,6 @@ def with_reference(data: Data, config, mesh, reference: Model, chunk: int) -> Da
             digest = key(part=name, **identity)
             parts[name] = attach(documents, NAME, _store(documents, digest, config, mesh, reference, load, chunk))
     return dataclasses.replace(data, **parts)
-
-
-def fingerprint(folder: epath.Path) -> str:
-    """Digest of a model folder's config and weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.name):
-        with path.open("rb") as file:
-            digest.update(path.name.encode())
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _store(documents, digest: str, config, mesh, reference: Model, load, chunk: int) -> ValueStore:
@@ -67,16 +55,7 @@ def _store(documents, digest: str, config, mesh, reference: Model, load, chunk: 
 
 def compute_logps(documents, config, policy, params, mesh, chunk: int) -> ValueStore:
     """f32[C_n] of each completion, by packing all documents into rows once."""
-    loader = Loader(
-        documents,
-        rows_per_step=config.batch.rows_per_step // config.batch.accumulate,
-        tokens_per_row=config.batch.tokens_per_row,
-        documents_per_row=config.batch.documents_per_row,
-        branches=2,
-        seed=0,
-        shuffle=False,
-        epochs=1,
-    )
+    loader = one_pass(config, documents, branches=2)
     logps = jax.jit(lambda params, rows: token_logps_of(policy, params, rows, chunk=chunk))
     store = ValueStore.for_documents(documents)
     for step in track(range(loader.steps_in_epoch(0)), "reference log-probabilities"):

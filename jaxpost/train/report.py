@@ -48,6 +48,13 @@ def end_tables(before, after) -> None:
         print_before_after(prompts, [text for _, text in before.samples], completions)
 
 
+def data_table(data, loop) -> None:
+    """What the run made of its data: passes over it, time waited for it, and what was dropped where that shows late."""
+    rows = [(name.removeprefix("data/"), f"{value:.2f}") for name, value in loop.epochs.items()]
+    rows.append(("time waited for data, first step left out", f"{100 * loop.wait_share(1):.2f} %"))
+    print_table("data", [*(data.report.rows() if data.report.lazy else ()), *rows])
+
+
 def number(metrics: dict[str, float], name: str) -> str:
     """A metric's value, with its 95 % interval where there is one."""
     text = f"{metrics[name]:.4f}"

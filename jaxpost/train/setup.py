@@ -6,12 +6,13 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from jaxpost import embedded
+from jaxpost.config import needs_all_documents
 from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
+from jaxpost.data.loader import Loader
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
@@ -51,11 +52,17 @@ class Model:
 class Data:
     """Documents to train on and to evaluate on, and what was dropped on the way."""
 
-    train: Any  # sequence of Document
+    train: Any  # sequence of Document, or LazyDocuments
     eval: Any  # sequence of Document, or None
     branches: int  # completions of a document, 0 where all are linear
     report: Any
     identity: dict[str, Any]  # what the documents' tokens depend on
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> sha256 of each data file
+
+    def close(self) -> None:
+        """Ends the processes that tokenise, if there are any."""
+        if hasattr(self.train, "close"):
+            self.train.close()
 
 
 def with_shardings(abstract, shardings):
@@ -146,41 +153,44 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
 
     inspect: called with each Dataset that is read; None refuses what a sample shows to be wrong (data/preflight).
     """
-    train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"), inspect)
-    branches = BRANCHES[kind] if kind in BRANCHES else max(len(d.completions) for d in train.documents)
+    # The whole where something needs it before the first step: `inspect` looks at all documents.
+    ahead = inspect is not None or (config.data.tokenize == "auto" and needs_all_documents(config))
+    mode = "ahead" if ahead else config.data.tokenize
+    train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"), inspect, mode)
+    documents, held_out, sources = train.documents, None, train.sources
+    branches = BRANCHES[kind] if kind in BRANCHES else max(len(d.completions) for d in documents)
     identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
     if config.data.eval is not None:
-        held_out = _dataset(config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"), inspect)
-        identity["eval"] = held_out.fingerprint
-        return Data(train.documents, held_out.documents, branches, train.report, identity)
-    held = config.data.eval_examples
-    if not held:
-        return Data(train.documents, None, branches, train.report, identity)
-    examples = np.unique(train.documents.example_ids)  # of one example, all pieces and copies go the same way
-    if held >= len(examples):
-        raise ConfigError(f"data.eval_examples: {held} of {len(examples)} examples leave none to train on; give fewer")
-    drawn = np.random.default_rng(config.run.seed).permutation(examples)[:held]
-    out = np.isin(train.documents.example_ids, drawn)
-    parts = (Subset(train.documents, np.flatnonzero(part)) for part in (~out, out))
-    return Data(*parts, branches, train.report, identity | {"held_out": held, "seed": config.run.seed})
+        other = _dataset(
+            config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"), inspect, "ahead"
+        )
+        held_out, identity, sources = other.documents, identity | {"eval": other.fingerprint}, sources + other.sources
+    elif config.data.eval_examples:
+        documents, held_out = documents.hold_out(config.data.eval_examples, config.run.seed)
+        identity |= {"held_out": config.data.eval_examples, "seed": config.run.seed}
+    files = {source.path: source.fingerprint for source in sources}
+    return Data(documents, held_out, branches, train.report, identity, files)
 
 
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some documents of a sequence, by index."""
-
-    documents: Any
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int):
-        return self.documents[int(self.indices[index])]
+def train_loader(config, data: Data, plan=None) -> Loader:
+    """The order in which a run sees its training documents. plan: see `Loader`."""
+    shape, run = _row_shape(config), config.run
+    return Loader(data.train, **shape, branches=data.branches, seed=run.seed, epochs=run.epochs, plan=plan)
 
 
-def _dataset(config, model: Model, kind: str, sources, inspect) -> Dataset:
-    """Reads the sources. inspect: what looks at the result; see `open_data`."""
+def one_pass(config, documents, branches: int) -> Loader:
+    """Documents in their own order, once, a microbatch a step: for evaluation, and to score them."""
+    shape = _row_shape(config) | {"rows_per_step": config.batch.rows_per_step // config.batch.accumulate}
+    return Loader(documents, **shape, branches=branches, seed=0, shuffle=False, epochs=1)
+
+
+def _row_shape(config) -> dict[str, int]:
+    return {name: getattr(config.batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
+
+
+def _dataset(config, model: Model, kind: str, sources, inspect, mode: str) -> Dataset:
+    """Reads the sources. inspect: what looks at the result; see `open_data`. mode: as data.tokenize."""
+    kept = config.data.cache_dir
     dataset = load_dataset(
         sources,
         tokenizer=model.tokenizer,
@@ -191,12 +201,19 @@ def _dataset(config, model: Model, kind: str, sources, inspect) -> Dataset:
         on_long=config.data.on_long,
         format=config.data.format,
         row_tokens=config.batch.tokens_per_row,
+        tokenize=mode,
+        workers=config.data.workers,
+        cache_dir=cache_folder() / "tokens" if kept is None else kept or None,
     )
     if inspect is not None:
         inspect(dataset)
     else:
+        looked_at = dataset
+        if dataset.report.lazy:  # no more than a sample is there to be looked at
+            sample = dataset.documents.sample(PREFLIGHT_SAMPLE["most_documents"])
+            looked_at = dataclasses.replace(dataset, documents=sample)
         for warning in preflight.refuse(
-            preflight_findings(config, model, dataset, **PREFLIGHT_SAMPLE), config.data.allow
+            preflight_findings(config, model, looked_at, **PREFLIGHT_SAMPLE), config.data.allow
         ):
             log.warning("data.allow: %s", warning)
     return dataset

@@ -1,0 +1,70 @@
+"""What a run was made from: RUN_DIR/inputs.json holds sha256 hashes of config, model, tokenizer, template and data."""
+
+import functools
+import hashlib
+import json
+
+from etils import epath
+
+from jaxpost import config as configs
+from jaxpost import embedded
+from jaxpost.errors import DataError
+from jaxpost.models import hf
+from jaxpost.train.folder import MAY_DIFFER, write_atomically
+
+NAME = "inputs.json"
+
+
+def describe(config, model, data) -> dict[str, str]:
+    """{input: sha256}: the config less what may differ when a run goes on, tokenizer, template, and every file."""
+    kept = {name: value for name, value in configs.flatten(config).items() if name not in MAY_DIFFER}
+    found = {
+        "config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": model.tokenizer.fingerprint,
+        "template": model.template.fingerprint,
+    }
+    folders = {"model": model.path}
+    if config.reference.path is not None:
+        folders["reference"] = epath.Path(hf.resolve(embedded.resolve(config.reference.path)))
+    for name, folder in folders.items():
+        found |= {f"{name}: {folder / file}": digest for file, digest in model_files(folder).items()}
+    return found | {f"data: {path}": digest for path, digest in data.files.items()}
+
+
+def record(folder: epath.Path, found: dict[str, str]) -> None:
+    """Writes inputs.json; where a run goes on, it must be of the same inputs. Raises DataError."""
+    check(folder, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / NAME, json.dumps(found, indent=2) + "\n")
+
+
+def check(folder: epath.Path, found: dict[str, str]) -> None:
+    """Raises DataError where the run in `folder` was made from other inputs than these; not where it says nothing."""
+    path = folder / NAME
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    changed = [name for name in {**before, **found} if before.get(name) != found.get(name)]
+    if changed:
+        raise DataError(f"{path}: changed since the run began: {', '.join(changed)}; put back what it was made from")
+
+
+def model_files(folder: epath.Path) -> dict[str, str]:
+    """{name: sha256} of a model folder's config and weights."""
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"), key=lambda path: path.name)]
+    return {path.name: _sha256(path, *_stamp(path)) for path in paths}
+
+
+def _stamp(path: epath.Path) -> tuple[int, float]:
+    found = path.stat()
+    return found.length, found.mtime
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: epath.Path, length: int, mtime: float) -> str:
+    """Of the content, read once in a process as long as the file stays as it is."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
