@@ -33,7 +33,8 @@ class Dataset:
     """documents: see data/documents.py. sources: the opened files, names: their paths.
 
     fingerprint: sha256 of the documents' tokens and weights, which is of the result and not of what went in: a template
-    may write today's date, which no key of the input tells. None where they are not all tokenised.
+    may write today's date, which no key of the input tells. None where they are not all tokenised. kind: what it was
+    loaded as.
     """
 
     documents: Documents | LazyDocuments
@@ -41,6 +42,7 @@ class Dataset:
     fingerprint: str | None
     names: tuple[str, ...]
     sources: tuple[Source, ...]
+    kind: str
 
     def example(self, example_id: int) -> Example:
         """The example behind the documents of this `example_id`, read and parsed again."""
@@ -48,7 +50,7 @@ class Dataset:
         number = int(np.searchsorted(ends, example_id, "right"))
         source = self.sources[number]
         record, origin = source[example_id - int(ends[number]) + len(source)]
-        return parse(record, origin, self.report.formats[number])
+        return parse(record, origin, self.report.formats[number], self.kind)
 
 
 def load_dataset(
@@ -108,7 +110,7 @@ def load_dataset(
     if tokenize == "lazy":
         report.lazy = True
         documents = LazyDocuments(mix(report.names, counts, pairs), records.encode, records.close)
-        return Dataset(documents, report, None, report.names, sources)
+        return Dataset(documents, report, None, report.names, sources, kind)
     chunks = list(records.all(caches))
     tokens = np.concatenate([chunk.record_costs for chunk in chunks])
     documents = Documents(chunks, mix(report.names, counts, pairs, tokens))
@@ -116,7 +118,7 @@ def load_dataset(
         faults = report.faults() or "the weights take no example"
         raise DataError(f"{', '.join(report.names)}: nothing left: {faults}")
     report.measure(documents)
-    return Dataset(documents, report, documents.fingerprint(), report.names, sources)
+    return Dataset(documents, report, documents.fingerprint(), report.names, sources, kind)
 
 
 def _format(source: Source, format: str, kind: str) -> str:

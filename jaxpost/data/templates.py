@@ -107,7 +107,6 @@ class Template:
         self.source, self.name, self._tool_use = source, name, tool_use
         self._tokenizer = tokenizer
         self._special = tokenizer.special_tokens
-        self._whole_tokens = tokenizer.whole_tokens
         self._content_as_blocks = False  # templates of multimodal models read a list of blocks; see check()
         self._default = self._compile(source)
         self._with_tools = self._default if tool_use is None else self._compile(tool_use)

@@ -212,11 +212,6 @@ class Tokenizer(abc.ABC):
     def token(self, index: int) -> str:
         """The vocabulary's own spelling of an id, for showing."""
 
-    @property
-    @abc.abstractmethod
-    def whole_tokens(self) -> tuple[str, ...]:
-        """The tokens that are found in a text as a whole: special, user-defined and added ones."""
-
     @abc.abstractmethod
     def _model_special_id(self, name: str) -> int | None: ...
 
@@ -232,6 +227,7 @@ class Tokenizer(abc.ABC):
 
     model_file: str
     vocab_size: int
+    whole_tokens: tuple[str, ...]  # found in a text as a whole: special, user-defined and added ones
 
 
 class JsonTokenizer(Tokenizer):
@@ -251,6 +247,7 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.add_special_tokens([token for token in extra if self.token_id(token) is not None])
         added = self._tokenizer.get_added_tokens_decoder()
         self._specials = {index for index, token in added.items() if token.special}
+        self.whole_tokens = tuple(token.content for token in added.values())
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         first = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
         self._first_added = first if first in self._specials else None
@@ -268,10 +265,6 @@ class JsonTokenizer(Tokenizer):
 
     def token(self, index: int) -> str:
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
-
-    @property
-    def whole_tokens(self) -> tuple[str, ...]:
-        return tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
 
     def show(self, index: int) -> str:
         text = self.decode([index], skip_special=False)
@@ -308,6 +301,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._specials = {i for i, piece in enumerate(proto.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
         strip = self._add_tokens(settings)
         self._texts = {index: text for text, index in self._ids.items()}
+        self.whole_tokens = tuple(self._ids)
         self.vocab_size = max(len(proto.pieces), *(index + 1 for index in self._texts))
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._split = re.compile("|".join(_pattern(text, strip.get(text, {})) for text in longest_first))
@@ -382,10 +376,6 @@ class SentencePieceTokenizer(Tokenizer):
         if index in self._texts:
             return self._texts[index]
         return self._inside.id_to_piece(index) if index < len(self._inside) else f"<{index}>"
-
-    @property
-    def whole_tokens(self) -> tuple[str, ...]:
-        return tuple(self._ids)
 
     def show(self, index: int) -> str:
         token = self.token(index)

@@ -11,6 +11,7 @@ from jaxpost.data.tokenizers import Tokenizer
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what the assistant thinks, in order
 MARK = "\ue000"  # for private use: no text begins or ends with it
 LEAST = 16  # characters by which words are found again
+CONTEXT = 64  # characters that tell where the token before them ends
 
 
 class Turns:
@@ -74,7 +75,7 @@ class Turns:
             raise ExampleFault("template_rewrites", f"{self._name}: {detail}")
         closing = _common(text[end:], through[own_end:])
         # The common part may end within the next special token ("<|" of two of them): keep whole tokens.
-        ends = [stop for _, stop in self._tokenizer.encode_with_offsets(text[end:])[1]]
+        ends = [stop for _, stop in self._tokenizer.encode_with_offsets(text[end : end + closing + CONTEXT])[1]]
         return start, end + max((stop for stop in ends if stop <= closing), default=0)
 
     def _neighbours(self, index: int) -> tuple[int, int]:

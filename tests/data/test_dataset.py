@@ -223,6 +223,7 @@ def test_scores_and_labels_reach_the_batch(load, write_jsonl):
     files = [write_jsonl(ranked, name="ranked.jsonl"), write_jsonl(pair, name="pairs.jsonl")]
     dataset = load(files, kind="ranking")
     assert dataset.report.formats == ["ranking", "preference"]
+    assert [dataset.example(i).kind for i in (0, 1)] == ["ranking", "ranking"]
     size = {"rows_per_step": 1, "tokens_per_row": 64, "documents_per_row": 2}
     batch = build_batch([list(dataset.documents)], **size, branches=3)
     assert batch.completion["score"].tolist() == [[[2, 0.5, -1], [1, 0, 0]]]
