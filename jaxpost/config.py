@@ -36,6 +36,7 @@ Refusal = Literal[
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
+    adapter: str | None = key("dotted path to a function of model.path that returns a models.adapter.Adapter", None)
     balance_loss: float | None = key("weight of the experts' load-balancing loss; None = config.json's", None, low=0)
 
 
@@ -296,6 +297,9 @@ def _contradictions(c: Config):
         yield "batch.rows_per_step", f"mesh.data x mesh.fsdp x mesh.expert = {shards} devices do not divide the {rows}"
     if run.eval_every and c.data.eval is None and not c.data.eval_examples:
         yield "run.eval_every", f"{run.eval_every}, but data.eval is None and data.eval_examples is 0"
+    for name, value in (("export", False), ("eval_prompts", 0)):
+        if c.model.adapter is not None and getattr(run, name):
+            yield f"run.{name}", f"{getattr(run, name)}, but a model of model.adapter only trains; set {value}"
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
         changed = next(k for k in differences(c.reference, ReferenceConfig()))
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"

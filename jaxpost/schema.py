@@ -8,6 +8,7 @@ begins with the dotted key.
 import ast
 import dataclasses
 import difflib
+import importlib
 import math
 import types
 import typing
@@ -233,3 +234,12 @@ def _choices(annotation) -> tuple[str, ...]:
     if typing.get_origin(annotation) is tuple:
         annotation = typing.get_args(annotation)[0]
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+
+
+def imported(name: str, path: str):
+    """What the dotted path `pkg.mod:fn` under the key `name` stands for. Raises ConfigError."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name}: cannot import {path!r} ({error}); wanted pkg.mod:fn") from error

@@ -131,12 +131,12 @@ def with_reference(documents, policy: Policy, params, batch: BatchConfig, chunk:
     """Documents with cached reference log-probabilities, and how many of them a second the pass handles."""
     config = types.SimpleNamespace(batch=batch)
     store = reference.compute_logps(documents, config, policy, params, make_mesh(), chunk)
-    logps = jax.jit(lambda params, rows: objectives.token_logps_of(policy, params, rows, chunk=chunk))
+    logps = jax.jit(lambda params, batch: objectives.token_logps_of(policy, params, batch, chunk=chunk))
     loader = make_loader(documents, batch, branches=2, shuffle=False)
-    jax.block_until_ready(logps(params, loader.batch(0).rows))
+    jax.block_until_ready(logps(params, loader.batch(0)))
     start = time.perf_counter()
     for step in range(loader.steps_in_epoch(0)):
-        jax.device_get(logps(params, loader.batch(step).rows))
+        jax.device_get(logps(params, loader.batch(step)))
     rate = len(documents) / (time.perf_counter() - start)
     return attach(documents, reference.NAME, store), rate
 

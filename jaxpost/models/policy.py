@@ -11,8 +11,8 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.decoder import REMAT, Cache, Decoder
 from jaxpost.ops.attention import Places
-from jaxpost.ops.logprobs import Head
-from jaxpost.types import Array, Rows
+from jaxpost.ops.logprobs import Head, TokenStats, row_logps
+from jaxpost.types import Array, Batch, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,14 @@ class Policy:
         places = Places(rows.segments, rows.branches, rows.positions)
         hidden, _, router = self._decoder().apply({"params": params}, rows.tokens, places)
         return hidden, router
+
+    def token_stats(self, params: Any, batch: Batch, *, chunk: int) -> tuple[TokenStats, Array | None]:
+        """(TokenStats [B, T] where the rows' weights are not 0, router logits as `hidden` gives them).
+
+        All that an objective asks of a model. chunk: positions whose logits are held at once (ops.logprobs).
+        """
+        hidden, router = self.hidden(params, batch.rows)
+        return row_logps(hidden, self.head(params), batch.rows, chunk=chunk), router
 
     def head(self, params: Any) -> Head:
         weight = params["embed" if self.config.tied else "head"]["weight"]

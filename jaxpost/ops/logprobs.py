@@ -46,6 +46,20 @@ def row_logps(hidden: Array, head: Head, rows: Rows, *, temperature: float = 1.0
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)  # the last position is unscored, so 0 comes in front
 
 
+def logit_stats(logits: Array, rows: Rows, *, temperature: float = 1.0) -> TokenStats:
+    """As `row_logps`, of logits [B, T, V] that are there already: for models that return no hidden states."""
+    z = logits.astype(jnp.float32)[:, :-1] / temperature
+    logp = jax.nn.log_softmax(z, axis=-1)
+    prob, targets = jnp.exp(logp), rows.tokens[:, 1:, None]
+    of_target = jnp.take_along_axis(logp, targets, axis=-1)[..., 0]
+    constant = jax.lax.stop_gradient(
+        (z.mean(-1), jnp.log((prob * prob).sum(-1)), (of_target >= logp.max(-1)).astype(jnp.float32))
+    )
+    values = TokenStats(of_target, -(prob * logp).sum(-1), *constant)
+    scored = rows.weights[:, 1:] != 0
+    return jax.tree.map(lambda x: jnp.pad(jnp.where(scored, x, 0), ((0, 0), (1, 0))), values)
+
+
 def logits(hidden: Array, head: Head) -> Array:
     """f32[N, V] of hidden [N, D]: for the few positions that a sampler needs, never for a batch of rows."""
     return _scores((0, 1.0, head.scale, head.soft_cap), hidden, head.weight.astype(hidden.dtype), head.bias)[1]

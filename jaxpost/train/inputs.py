@@ -7,10 +7,10 @@ import json
 from etils import epath
 
 from jaxpost import config as configs
-from jaxpost import embedded
 from jaxpost.errors import DataError
-from jaxpost.models import hf
+from jaxpost.models.adapter import Adapter
 from jaxpost.train.folder import MAY_DIFFER, write_atomically
+from jaxpost.train.setup import Model, open_model
 
 NAME = "inputs.json"
 
@@ -23,11 +23,11 @@ def describe(config, model, data) -> dict[str, str]:
         "tokenizer": model.tokenizer.fingerprint,
         "template": model.template.fingerprint,
     }
-    folders = {"model": model.path}
+    models = {"model": model}
     if config.reference.path is not None:
-        folders["reference"] = epath.Path(hf.resolve(embedded.resolve(config.reference.path)))
-    for name, folder in folders.items():
-        found |= {f"{name}: {folder / file}": digest for file, digest in model_files(folder).items()}
+        models["reference"] = open_model(config, mesh=None, path=config.reference.path)
+    for name, opened in models.items():
+        found |= {f"{name}: {opened.path / file}": digest for file, digest in model_files(opened).items()}
     return found | {f"data: {path}": digest for path, digest in data.files.items()}
 
 
@@ -49,8 +49,11 @@ def check(folder: epath.Path, found: dict[str, str]) -> None:
         raise DataError(f"{path}: changed since the run began: {', '.join(changed)}; put back what it was made from")
 
 
-def model_files(folder: epath.Path) -> dict[str, str]:
-    """{name: sha256} of a model folder's config and weights."""
+def model_files(model: Model) -> dict[str, str]:
+    """{name: sha256} of a model's config and weights in its folder, or of the parameters of somebody else's."""
+    if isinstance(model.policy, Adapter):
+        return {"parameters": model.policy.fingerprint()}
+    folder = model.path
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"), key=lambda path: path.name)]
     return {path.name: _sha256(path, *_stamp(path)) for path in paths}
 

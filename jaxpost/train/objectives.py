@@ -1,7 +1,6 @@
 """Objectives: what a step minimises, from a policy and a loss of `jaxpost.losses`."""
 
 import functools
-import importlib
 import inspect
 
 import jax
@@ -11,7 +10,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.losses.preference import PairLogps, implicit_rewards
 from jaxpost.ops.completions import completion_sums
 from jaxpost.ops.experts import balance_loss, expert_load
-from jaxpost.ops.logprobs import row_logps
+from jaxpost.schema import imported
 from jaxpost.sharding import batch_shards
 from jaxpost.types import Batch, Mean, Term
 
@@ -25,7 +24,7 @@ def bind_loss(settings, known: dict):
 
     Raises ConfigError for a name that is not there and a hyperparameter that the loss does not take, by key.
     """
-    loss = _imported(settings.name) if ":" in settings.name else known.get(settings.name)
+    loss = imported("loss.name", settings.name) if ":" in settings.name else known.get(settings.name)
     if loss is None:
         raise ConfigError(f"loss.name: no loss {settings.name!r}; there are {', '.join(known)}, or give pkg.mod:fn")
     takes = {p.name: p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -38,14 +37,6 @@ def bind_loss(settings, known: dict):
     return functools.partial(loss, **settings.hyperparameters)
 
 
-def _imported(path: str):
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"loss.name: cannot import {path!r} ({error})") from error
-
-
 def logits_chunk(mesh) -> int:
     """Positions over all rows whose logits are held at once: as many on each shard of the batch as suit the backend."""
     return CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS) * batch_shards(mesh)
@@ -56,7 +47,7 @@ def sft_objective(policy, loss, *, chunk: int):
 
     def objective(params, frozen, carry, batch: Batch, key):
         rows = batch.rows
-        stats, terms, metrics = forward(policy, params, rows, chunk=chunk)
+        stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
         term = Mean((loss(stats.logps) * rows.weights).sum(), rows.weights.sum())
         return {"nll": Term(1.0, term), **terms}, metrics
 
@@ -71,12 +62,12 @@ def preference_objective(policy, loss, *, beta: float, chunk: int, reference_pol
     """
 
     def objective(params, frozen, carry, batch: Batch, key):
-        rows, mask = batch.rows, batch.completion["mask"]
-        stats, terms, metrics = forward(policy, params, rows, chunk=chunk)
+        mask = batch.completion["mask"]
+        stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
         if reference_policy is None:
             reference_logps = batch.token["reference_logps"]
         else:
-            reference_logps = token_logps_of(reference_policy, frozen["reference"], rows, chunk=chunk)
+            reference_logps = token_logps_of(reference_policy, frozen["reference"], batch, chunk=chunk)
         policy_pairs = pairs(stats.logps, batch)
         reference_pairs = pairs(jax.lax.stop_gradient(reference_logps), batch)
         valid = (mask[..., CHOSEN] * mask[..., REJECTED]).reshape(-1)
@@ -88,18 +79,18 @@ def preference_objective(policy, loss, *, beta: float, chunk: int, reference_pol
     return objective
 
 
-def token_logps_of(policy, params, rows, *, chunk: int):
+def token_logps_of(policy, params, batch: Batch, *, chunk: int):
     """f32[B, T]: log-probability of each trained token."""
-    return row_logps(policy.hidden(params, rows)[0], policy.head(params), rows, chunk=chunk).logps
+    return policy.token_stats(params, batch, chunk=chunk)[0].logps
 
 
-def forward(policy, params, rows, *, chunk: int):
+def forward(policy, params, batch: Batch, *, chunk: int):
     """What every objective begins with: (TokenStats of the rows, terms of the model itself, metrics of both).
 
     The model's own term is the load-balancing loss of its experts, if it has any: a statistic of the microbatch.
     """
-    hidden, router = policy.hidden(params, rows)
-    stats = row_logps(hidden, policy.head(params), rows, chunk=chunk)
+    rows = batch.rows
+    stats, router = policy.token_stats(params, batch, chunk=chunk)
     terms, metrics = {}, token_metrics(stats, rows)
     if router is not None:
         experts, mask = policy.config.experts, (rows.segments > 0).astype(jnp.float32)

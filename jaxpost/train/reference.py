@@ -27,7 +27,7 @@ def with_reference(data: Data, config, mesh, reference: Model, chunk: int) -> Da
     """
     identity = {
         "version": VERSION,
-        "model": model_files(reference.path),
+        "model": model_files(reference),
         "dtype": reference.policy.compute_dtype,
         **data.identity,
     }
@@ -56,13 +56,13 @@ def _store(documents, digest: str, config, mesh, reference: Model, load, chunk: 
 def compute_logps(documents, config, policy, params, mesh, chunk: int) -> ValueStore:
     """f32[C_n] of each completion, by packing all documents into rows once."""
     loader = one_pass(config, documents, branches=2)
-    logps = jax.jit(lambda params, rows: token_logps_of(policy, params, rows, chunk=chunk))
+    logps = jax.jit(lambda params, batch: token_logps_of(policy, params, batch, chunk=chunk))
     store = ValueStore.for_documents(documents)
     for step in track(range(loader.steps_in_epoch(0)), "reference log-probabilities"):
-        rows = loader.batch(step).rows
-        values = logps(params, jax.device_put(rows, batch_sharding(mesh)))
+        batch = loader.batch(step)
+        values = logps(params, jax.device_put(batch, batch_sharding(mesh)))
         members = loader.rows_documents(step)
-        for indices, found in zip(members, gather_completions(jax.device_get(values), rows), strict=False):
+        for indices, found in zip(members, gather_completions(jax.device_get(values), batch.rows), strict=False):
             for index, completions in zip(indices, found, strict=True):
                 store[index] = completions
     return store

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxpost.errors import CheckpointError
+from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.models import hf
+from jaxpost.models.adapter import Adapter
 from jaxpost.sampling.greedy import greedy
 from jaxpost.sharding import make_mesh
 from jaxpost.train.checkpoint import Checkpointer
@@ -39,6 +40,10 @@ class LoadedModel:
 
     def complete(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[str]:
         """Greedy continuations of token ids, as text. A prompt that leaves no room loses its beginning."""
+        if not prompts:
+            return []
+        if isinstance(self.model.policy, Adapter):
+            raise ConfigError("model.adapter: somebody else's model only trains; sample from it by its own means")
         room = self.model.policy.config.max_positions - max_new_tokens
         prompts = [prompt[-room:] for prompt in prompts]
         with jax.set_mesh(self.mesh):
@@ -47,6 +52,8 @@ class LoadedModel:
 
     def export(self, path) -> None:
         """Writes the weights in Hugging Face layout, with config, tokenizer and template files."""
+        if isinstance(self.model.policy, Adapter):
+            raise ConfigError("model.adapter: somebody else's model has no Hugging Face layout; see the checkpoints")
         files = self.model.tokenizer.files() | self.model.template.files()
         hf.export(path, self.params, self.model.policy, files)
 

@@ -17,8 +17,10 @@ from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
 from jaxpost.models import hf
+from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
+from jaxpost.schema import imported
 from jaxpost.sharding import batch_shards, make_mesh, named_shardings
 
 log = logging.getLogger("jaxpost")
@@ -45,6 +47,8 @@ class Model:
 
     def load(self):
         """The weights, each shard read by the device that holds it."""
+        if isinstance(self.policy, Adapter):
+            return self.policy.load(self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
         return hf.load_params(self.path, self.policy, self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
 
 
@@ -108,8 +112,12 @@ def open_model(config, mesh, *, path: str | None = None) -> Model:
     mesh: None leaves `abstract` and `shardings` None, and asks for no device: enough to read data for it.
     """
     folder = epath.Path(hf.resolve(embedded.resolve(path or config.model.path)))
-    dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
-    policy = Policy(_language_model(config, hf.read_config(folder)), dtype, config.remat.policy)
+    if config.model.adapter is not None:
+        policy = imported("model.adapter", config.model.adapter)(str(folder))
+        _language_model(config, policy.config)
+    else:
+        dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
+        policy = Policy(_language_model(config, hf.read_config(folder)), dtype, config.remat.policy)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
     if mesh is None:

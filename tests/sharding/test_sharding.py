@@ -14,6 +14,7 @@ from jaxpost.models.policy import Policy
 from jaxpost.ops.logprobs import row_logps
 from jaxpost.sharding import batch_sharding, constrain, make_mesh, named_shardings, shardings_like
 from jaxpost.train.objectives import forward
+from jaxpost.types import Batch
 from tests.models.tiny import experts_config, linear_rows, random_documents, random_params, stack_rows, tiny_config
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2), "mixed": (2, 2, 2)}
@@ -140,7 +141,8 @@ def experts_grad_fn(policy, params, rows):
     """Of the training loss, the experts' own included."""
 
     def loss(params):
-        stats, terms, metrics = forward(policy, params, rows, chunk=64)
+        batch = Batch(rows, {}, {}, np.zeros((8, 2), np.int32))
+        stats, terms, metrics = forward(policy, params, batch, chunk=64)
         return -stats.logps.sum() / rows.weights.sum() + terms["router"].mean.value, metrics
 
     (loss, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
