@@ -294,7 +294,7 @@ class Template:
         if not found:
             return ()
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-        marked = [m if m["role"] == "assistant" else self._marked(m, mark) for m in messages]
+        marked = [m if m["role"] == "assistant" else {**self._marked(m, mark), "role": m["role"]} for m in messages]
         parts = self._text(marked, self._marked(tools, mark), add_generation_prompt)[0].split(mark)
         if "".join(parts) != text:
             tokens = ", ".join(sorted(found))

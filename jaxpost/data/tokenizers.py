@@ -18,6 +18,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from jaxpost.data.messages import ExampleFault
 from jaxpost.errors import DataError
 
 MODEL_FILES = ("tokenizer.json", "tokenizer.json.gz", "tokenizer.model")  # the first that is there is read
@@ -174,16 +175,22 @@ class Tokenizer(abc.ABC):
             return self._encode(text)
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)  # for private use
         bounds = [0, *breaks, len(text)]
-        found = self._encode(mark.join(text[start:end] for start, end in itertools.pairwise(bounds)))
+        marked = mark.join(text[start:end] for start, end in itertools.pairwise(bounds))
         marks = [place + number for number, place in enumerate(breaks)]
         ids, offsets = [], []
-        for index, (start, end) in zip(*found, strict=True):
+        for (start, end), group in itertools.groupby(zip(*self._encode(marked), strict=True), lambda pair: pair[1]):
+            found = [index for index, _ in group]
             before, within = bisect.bisect_left(marks, start), bisect.bisect_left(marks, end)
-            if before == within:
-                ids.append(index)
-                offsets.append((start - before, end - before))
-            elif end - start > 1:
-                raise DataError(f"{self.name}: has a token that joins U+{ord(mark):04X} with text")
+            if 0 < end - start == within - before:  # a mark alone
+                found = []
+            elif before != within:  # unknown characters beside it share its span: a token for each of their bytes
+                kept = [letter != mark for letter in marked[start:end] for _ in letter.encode()]
+                if len(kept) != len(found):
+                    detail = f"{self.name}: has a token that joins U+{ord(mark):04X} with text"
+                    raise ExampleFault("control_token", detail)
+                found = list(itertools.compress(found, kept))
+            ids += found
+            offsets += [(start - before, end - within)] * len(found)
         return ids, offsets
 
     def control_tokens(self, template: str) -> list[str]:
