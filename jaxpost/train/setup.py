@@ -216,13 +216,8 @@ def _dataset(config, model: Model, kind: str, sources, inspect, mode: str) -> Da
     if inspect is not None:
         inspect(dataset)
     else:
-        looked_at = dataset
-        if dataset.report.lazy:  # no more than a sample is there to be looked at
-            sample = dataset.documents.sample(PREFLIGHT_SAMPLE["most_documents"])
-            looked_at = dataclasses.replace(dataset, documents=sample)
-        for warning in preflight.refuse(
-            preflight_findings(config, model, looked_at, **PREFLIGHT_SAMPLE), config.data.allow
-        ):
+        findings = preflight_findings(config, model, dataset, **PREFLIGHT_SAMPLE)
+        for warning in preflight.refuse(findings, config.data.allow):
             log.warning("data.allow: %s", warning)
     return dataset
 
