@@ -63,7 +63,7 @@ class DataConfig:
         "auto",
     )
     workers: int | None = key("processes that tokenise; 0 = none besides, None = by cores and work", None, low=0)
-    cache_dir: str | None = key("folder of tokenised data; None = the user's cache folder, '' = off", None)
+    cache_dir: str | None = key("tokenised data and indices of files; None = the user's cache folder, '' = off", None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Cache:
 def job_digest(job: Job) -> str | None:
     """sha256 of all that decides a job's chunks; None where that cannot be told: the template writes the time of day,
     or the records are completed from another file."""
-    path, fingerprint, encoding = job
+    path, fingerprint, encoding, _ = job
     source = encoding.template.source
     if encoding.format in FORMATS and FORMATS[encoding.format].beside:
         return None

@@ -1,6 +1,7 @@
 """A dataset: files of records as a sequence of documents, and a report of what became of them."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,7 @@ from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.data.workers import Encoder, Job, Task, Workers, cores
 from jaxpost.errors import ConfigError, DataError
 
+FOLDERS = ("tokens", "sources")  # of cache_dir
 CHUNK = 1024  # records of a chunk that is kept on disk
 PIECE = 256  # most records of a task of a window
 LAZY_RECORDS = 100_000  # not yet in the cache: from here on "auto" does not tokenise them all before the first step
@@ -82,29 +84,31 @@ def load_dataset(
       format: name of a format, or "auto" to detect it per file; it then holds for all records of the file.
       row_tokens: a document that takes more in a row is dropped under `longer_than_row`.
       tokenize: "ahead" of everything, "lazy" by windows as they are asked for, or "auto": lazy where much is not
-        cached. The documents and their order are the same.
+        cached and records can be read one by one. The documents and their order are the same.
       workers: processes that tokenise; 0 = this one; None = by cores and work. The result does not depend on it.
-      cache_dir: folder of tokenised chunks, from which a later call reads what it would tokenise; None = none.
+      cache_dir: folder of tokenised chunks and of indices of large files, which a later call reads; None = none.
 
     Raises:
       DataError: a fault of a file (missing, empty, broken, of another kind, of mixed formats); with on_bad="error"
         any fault; nothing left after dropping. Lazy documents raise it when met.
     """
     pairs = amounts(paths)
-    sources = tuple(open_source(path) for path, _ in pairs)
+    tokens_kept, sources_kept = (f"{os.fspath(cache_dir)}/{name}" if cache_dir else None for name in FOLDERS)
+    sources = tuple(open_source(path, sources_kept) for path, _ in pairs)
     formats = [_format(source, format, kind) for source in sources]
     options = (kind, template, tokenizer, max_tokens, on_long, row_tokens)
     jobs = [
-        Job(source.path, source.fingerprint, Encoding(name, format == "auto", *options))
-        for source, name in zip(sources, formats, strict=True)
+        Job(os.fspath(path), source.fingerprint, Encoding(name, format == "auto", *options), sources_kept)
+        for (path, _), source, name in zip(pairs, sources, formats, strict=True)
     ]
     report = Report(tuple(source.path for source in sources), formats)
     records = _Records(sources, jobs, report, on_bad, workers)
-    caches = [Cache(cache_dir, job) for job in jobs]
+    caches = [Cache(tokens_kept, job) for job in jobs]
     budgets = any(isinstance(amount, dict) for _, amount in pairs)
     if tokenize == "lazy" and budgets:
         raise ConfigError("data.tokenize: 'lazy' cannot fill a budget of tokens; give weights, or tokenize='ahead'")
-    if tokenize == "auto" and not budgets and records.missing(caches) >= LAZY_RECORDS:
+    by_blocks = any(getattr(source, "by_blocks", False) for source in sources)
+    if tokenize == "auto" and not (budgets or by_blocks) and records.missing(caches) >= LAZY_RECORDS:
         tokenize = "lazy"
     counts = [len(source) for source in sources]
     if tokenize == "lazy":

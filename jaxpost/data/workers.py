@@ -29,11 +29,15 @@ AHEAD = 3  # tasks given to a pool for each of its workers
 
 
 class Job(NamedTuple):
-    """A source, by its path and the fingerprint that it must still have, and how its records are encoded."""
+    """A source, by its path and the fingerprint that it must still have, and how its records are encoded.
+
+    cache: as of `open_source`.
+    """
 
     path: str
     fingerprint: str
     encoding: Encoding
+    cache: str | None
 
 
 class Task(NamedTuple):
@@ -136,9 +140,9 @@ class Encoder:
     def encode(self, task: Task) -> Chunk:
         """Raises DataError: a fault of the file, or another file than the job was made for."""
         with self._lock:
-            path, fingerprint, encoding = self._jobs[task.job]
+            path, fingerprint, encoding, cache = self._jobs[task.job]
             if task.job not in self._sources:
-                source = open_source(path)
+                source = open_source(path, cache)
                 if source.fingerprint != fingerprint:
                     raise DataError(f"{path}: the file was changed while it was read")
                 self._sources[task.job] = source

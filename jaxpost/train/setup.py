@@ -211,7 +211,7 @@ def _dataset(config, model: Model, kind: str, sources, inspect, mode: str) -> Da
         row_tokens=config.batch.tokens_per_row,
         tokenize=mode,
         workers=config.data.workers,
-        cache_dir=cache_folder() / "tokens" if kept is None else kept or None,
+        cache_dir=cache_folder() / "data" if kept is None else kept or None,
     )
     if inspect is not None:
         inspect(dataset)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxpost.data import cache as caches
-from jaxpost.data import chunks, dataset, documents, workers
+from jaxpost.data import chunks, dataset, documents, sources, workers
 from jaxpost.data.chunks import Chunk
 from jaxpost.data.dataset import load_dataset
 from jaxpost.data.loader import Loader
@@ -266,7 +266,7 @@ def test_a_date_is_part_of_the_key_and_a_clock_keeps_nothing(
 
     monkeypatch.setattr(datetime, "date", Tomorrow)
     assert made(day) and not made(day)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
 
 
 # --- by windows, on demand --------------------------------------------------------------------------------------------
@@ -336,6 +336,9 @@ def test_auto_is_lazy_where_much_is_not_cached(load, files, tmp_path, monkeypatc
     assert isinstance(load(files, tokenize="auto", cache_dir=tmp_path).documents, documents.LazyDocuments)
     load(files, cache_dir=tmp_path)
     assert isinstance(load(files, tokenize="auto", cache_dir=tmp_path).documents, documents.Documents)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.lines.JsonLines, "by_blocks", True, raising=False)
+        assert isinstance(load(files, tokenize="auto").documents, documents.Documents)
     monkeypatch.setattr(dataset, "LAZY_RECORDS", 101)
     assert isinstance(load(files, tokenize="auto").documents, documents.Documents)
 

@@ -31,6 +31,7 @@ class Joined:
         self.path, self._sources = path, sources
         self.fingerprint = files.combined(*(source.fingerprint for source in sources))
         self._ends = np.cumsum([len(source) for source in sources])
+        self.by_blocks = any(getattr(source, "by_blocks", False) for source in sources)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -42,7 +43,12 @@ class Joined:
 
 
 class Blocks:
-    """Rows that are read a block at a time: `read(start, stop) -> rows`; the last few blocks are kept."""
+    """Rows that are read a block at a time: `read(start, stop) -> rows`; the last few blocks are kept.
+
+    by_blocks: rows from all over the table, as a random order asks for them, cost a block each.
+    """
+
+    by_blocks = True
 
     def __init__(self, path: str, fingerprint: str, length: int, read: Callable[[int, int], Sequence[dict]]):
         self.path, self.fingerprint, self._length = path, fingerprint, length
