@@ -80,8 +80,9 @@ def measure(work: dict, options, chunk: int) -> dict:
         state, metrics = step(state, frozen, jax.device_put(loader.batch(0)))
         first_loss = first_loss or float(metrics["loss"].value)
     with loader.iterate() as batches:
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), 0.0
         for numpy_batch in batches:
+            waited += time.perf_counter() - start
             state, metrics = step(state, frozen, jax.device_put(numpy_batch))
             jax.device_get(metrics)
             end = time.perf_counter()
@@ -95,6 +96,7 @@ def measure(work: dict, options, chunk: int) -> dict:
         "reference_examples_per_second": rate,
         "first_loss": first_loss,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "data_wait_share": waited / sum(seconds),
         "step_seconds": seconds,
     }
 

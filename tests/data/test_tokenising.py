@@ -1,6 +1,7 @@
 """Tokenising by chunks: the same documents from any number of processes, from the cache, and by windows on demand."""
 
 import datetime
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxpost.data import cache as caches
 from jaxpost.data import chunks, dataset, documents, sources, workers
@@ -128,6 +130,23 @@ def test_any_number_of_workers_gives_the_same(load, files):
     assert found.fingerprint == alone.fingerprint and str(found.report) == str(alone.report)
     assert described(found.documents) == described(alone.documents)
     all_same(batches(found.documents), batches(alone.documents))
+
+
+@pytest.mark.parametrize("worth, started", [(-1.0, True), (60.0, False)])
+def test_others_are_started_where_the_work_left_is_worth_it(load, files, monkeypatch, worth, started):
+    pools = []
+    monkeypatch.setattr(dataset, "cores", lambda: 2)
+    monkeypatch.setattr(dataset, "WORTH_SECONDS", worth)
+    monkeypatch.setattr(dataset, "Workers", lambda *given: pools.append(given) or Workers(*given))
+    assert load(files, workers=None).fingerprint == load(files).fingerprint
+    assert [count for count, _ in pools] == [2] * started
+
+
+def test_a_bar_shows_how_far_it_is(load, files, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(dataset, "Console", lambda: Console(file=shown, force_terminal=True, width=100))
+    load(files)
+    assert "tokenising" in shown.getvalue() and "100/100" in shown.getvalue()
 
 
 def test_faults_come_in_order_from_workers_too(load, write_jsonl):
