@@ -56,6 +56,7 @@ class Workers:
         self._threads = concurrent.futures.ThreadPoolExecutor(count, "tokenise")  # one waits for each process
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen] = []
+        self._starting, self._closed = threading.Lock(), False
         self._finalizer = weakref.finalize(self, _end, self._processes)
 
     def submit(self, task: Task) -> concurrent.futures.Future:
@@ -74,16 +75,17 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; tasks that are not done are given up."""
-        self._finalizer()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._starting:  # none is started behind our back
+            self._closed = True
+            self._finalizer()
+        self._threads.shutdown(wait=True)
 
     def _encode(self, task: Task) -> Chunk:
+        process, fresh = self._process()
         try:
-            process = self._idle.get_nowait()
-        except queue.Empty:
-            process = _start(self._jobs)
-            self._processes.append(process)
-        try:
+            if fresh:
+                process.stdin.write(self._jobs)
             pickle.dump(task, process.stdin)
             process.stdin.flush()
             kind, value = pickle.load(process.stdout)
@@ -99,19 +101,27 @@ class Workers:
             raise RuntimeError(f"in a tokenising process:\n{value}")
         return Chunk.unpack(value)
 
+    def _process(self) -> tuple[subprocess.Popen, bool]:
+        """(one that has nothing to do, whether it was started just now)."""
+        with self._starting:
+            if self._closed:
+                raise concurrent.futures.CancelledError
+            if not self._idle.empty():
+                return self._idle.get(), False
+            self._processes.append(_start())
+            return self._processes[-1], True
 
-def _start(jobs: bytes) -> subprocess.Popen:
+
+def _start() -> subprocess.Popen:
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # An accelerator belongs to the process that trains; one thread each, as there is one process a core.
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-P", "-m", "jaxpost.data.workers"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
     )
-    process.stdin.write(jobs)
-    return process
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
