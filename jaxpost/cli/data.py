@@ -27,9 +27,11 @@ def run(arguments: list[str]) -> None:
     model = open_model(config, mesh=None)
     data = open_data(config, model, KIND[config.stage])
     try:
+        plan = None
         if flags.run is not None:
             inputs.check(epath.Path(flags.run), inputs.describe(config, model, data))
-        show(train_loader(config, data), flags.step)
+            plan = _plan(flags.run) if data.report.lazy else None
+        show(train_loader(config, data, plan), flags.step)
     finally:
         data.close()
 
@@ -50,6 +52,16 @@ def show(loader, step: int) -> None:
             print(
                 f"row {number}  {document.origin}  {document.transform}  {document.cost:,} tokens, {trained:,} trained"
             )
+
+
+def _plan(folder: str):
+    """What the newest checkpoint says of the windows, so that those before the step need not be tokenised again."""
+    from etils import epath
+
+    from jaxpost.train.checkpoint import Checkpointer
+
+    with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.extra().get("plan") if checkpoints.steps() else None
 
 
 def _config_of(folder: str):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import rich.progress
@@ -12,10 +12,11 @@ from rich.console import Console
 from jaxpost.data.cache import Cache
 from jaxpost.data.chunks import Chunk, Encoding
 from jaxpost.data.documents import Documents, LazyDocuments
-from jaxpost.data.formats import FORMATS, Example, detect, parse
+from jaxpost.data.formats import FORMATS, Example, detect, file_beside, parse
 from jaxpost.data.mixture import amounts, mix
 from jaxpost.data.report import Report
 from jaxpost.data.sources import Source, open_source
+from jaxpost.data.sources.files import sha256
 from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.data.workers import Encoder, Job, Task, Workers, cores
@@ -45,6 +46,16 @@ class Dataset:
     names: tuple[str, ...]
     sources: tuple[Source, ...]
     kind: str
+
+    @property
+    def files(self) -> dict[str, str]:
+        """{path: sha256} of all that was read: the sources, and the files that complete their records."""
+        found = {source.path: source.fingerprint for source in self.sources}
+        for source, name in zip(self.sources, self.report.formats, strict=True):
+            if beside := FORMATS[name].beside:
+                paths = {source[index][1].path for index in range(len(source))}
+                found |= {other: sha256(other) for other in sorted(file_beside(path, beside) for path in paths)}
+        return found
 
     def example(self, example_id: int) -> Example:
         """The example behind the documents of this `example_id`, read and parsed again."""
@@ -104,14 +115,8 @@ def load_dataset(
     report = Report(tuple(source.path for source in sources), formats)
     records = _Records(sources, jobs, report, on_bad, workers)
     caches = [Cache(tokens_kept, job) for job in jobs]
-    budgets = any(isinstance(amount, dict) for _, amount in pairs)
-    if tokenize == "lazy" and budgets:
-        raise ConfigError("data.tokenize: 'lazy' cannot fill a budget of tokens; give weights, or tokenize='ahead'")
-    by_blocks = any(getattr(source, "by_blocks", False) for source in sources)
-    if tokenize == "auto" and not (budgets or by_blocks) and records.missing(caches) >= LAZY_RECORDS:
-        tokenize = "lazy"
     counts = [len(source) for source in sources]
-    if tokenize == "lazy":
+    if _is_lazy(tokenize, pairs, sources, lambda: records.missing(caches)):
         report.lazy = True
         documents = LazyDocuments(mix(report.names, counts, pairs), records.encode, records.close)
         return Dataset(documents, report, None, report.names, sources, kind)
@@ -123,6 +128,17 @@ def load_dataset(
         raise DataError(f"{', '.join(report.names)}: nothing left: {faults}")
     report.measure(documents)
     return Dataset(documents, report, documents.fingerprint(), report.names, sources, kind)
+
+
+def _is_lazy(tokenize: str, pairs, sources: Sequence[Source], missing: Callable[[], int]) -> bool:
+    """Whether to tokenise as the documents are asked for. missing: () -> records that are in no cache."""
+    budgets = any(isinstance(amount, dict) for _, amount in pairs)
+    if tokenize == "lazy" and budgets:
+        raise ConfigError("data.tokenize: 'lazy' cannot fill a budget of tokens; give weights, or tokenize='ahead'")
+    if tokenize != "auto":
+        return tokenize == "lazy"
+    by_blocks = any(getattr(source, "by_blocks", False) for source in sources)
+    return not (budgets or by_blocks) and missing() >= LAZY_RECORDS
 
 
 def _format(source: Source, format: str, kind: str) -> str:

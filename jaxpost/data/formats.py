@@ -143,11 +143,15 @@ def _check(kind: str, prompt, completions: tuple[Completed, ...]) -> None:
 
 def _joined(record: dict, origin: Origin, beside: str) -> dict:
     """The record with the keys of the one in the file beside that has the same id."""
-    path = epath.Path(origin.path)
-    other = str(path.parent / beside.format(name=path.name))
+    other = file_beside(origin.path, beside)
     if record.get("id") not in (found := _by_id(other)):
         raise ExampleFault("not_beside", f"{other} has no record with the id {record.get('id')!r}")
     return found[record["id"]] | record
+
+
+def file_beside(path: str, beside: str) -> str:
+    """The file that completes the records of `path`; see `Format.beside`."""
+    return str(epath.Path(path).parent / beside.format(name=epath.Path(path).name))
 
 
 @functools.lru_cache(maxsize=4)

@@ -114,6 +114,10 @@ class Checkpointer:
         """The resolved configuration that was saved with `step`, by default the newest readable one."""
         return self._first_readable(lambda s: self._read_json(s, "config"), step)
 
+    def extra(self, step: int | None = None) -> dict:
+        """The `extra` that was saved with `step`, by default that of the newest readable one."""
+        return self._first_readable(lambda s: self._read_json(s, "extra"), step)
+
     def wait(self) -> None:
         """Blocks until what is being saved is on disk. CheckpointError if that failed."""
         with self._failed_save():

@@ -165,18 +165,17 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
     ahead = inspect is not None or (config.data.tokenize == "auto" and needs_all_documents(config))
     mode = "ahead" if ahead else config.data.tokenize
     train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"), inspect, mode)
-    documents, held_out, sources = train.documents, None, train.sources
+    documents, held_out, files = train.documents, None, train.files
     branches = BRANCHES[kind] if kind in BRANCHES else max(len(d.completions) for d in documents)
     identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
     if config.data.eval is not None:
         other = _dataset(
             config, model, kind, embedded.sources(config.data.eval, config.stage, "eval"), inspect, "ahead"
         )
-        held_out, identity, sources = other.documents, identity | {"eval": other.fingerprint}, sources + other.sources
+        held_out, identity, files = other.documents, identity | {"eval": other.fingerprint}, files | other.files
     elif config.data.eval_examples:
         documents, held_out = documents.hold_out(config.data.eval_examples, config.run.seed)
         identity |= {"held_out": config.data.eval_examples, "seed": config.run.seed}
-    files = {source.path: source.fingerprint for source in sources}
     return Data(documents, held_out, branches, train.report, identity, files)
 
 

@@ -1,7 +1,9 @@
 """Datasets: what is kept, dropped and counted, on made-up and on real files; every fault of the input as one line."""
 
+import hashlib
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -304,3 +306,14 @@ def test_unpaired_feedback_does_not_pass_for_conversations(real):
         DataError, match="found the format unpaired_messages, which holds unpaired data; sft training takes messages, "
     ):
         real("llamafactory_demo/kto_en_demo.json", "sft", 1024)
+
+
+@needs_shared
+def test_files_that_complete_the_records_are_among_the_inputs(tokenizer):
+    answers = SHARED / "data/bfcl/possible_answer"
+    path = sorted(answers.iterdir())[0]
+    options = {"tokenizer": tokenizer, "template": load_template("plain", tokenizer), "kind": "sft"}
+    dataset = load_dataset(path, **options, max_tokens=10**6)
+    found = {pathlib.Path(name).resolve(): digest for name, digest in dataset.files.items()}
+    files = (path, answers.parent / path.name)
+    assert found == {file.resolve(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -11,6 +11,7 @@ import jaxpost
 from jaxpost import cli
 from jaxpost import config as configs
 from jaxpost.data import dataset, loader
+from jaxpost.data.documents import LazyDocuments
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.train.loop import Loop, epoch_metrics
 from jaxpost.train.setup import open_data, open_model, train_loader
@@ -68,7 +69,7 @@ def whole(given, small_windows, tmp_path_factory):
 def test_a_lazy_run_is_the_same_to_the_bit_stopped_or_not(given, whole, tmp_path, monkeypatch, capsys):
     config = sft_config(given, tmp_path / "run", tokenize="lazy", workers=0)
     config["run"]["checkpoint_every"] = 3
-    write = Loop.write
+    write, members = Loop.write, LazyDocuments.members
 
     def crash(self, step, *rest):
         if step > 7:
@@ -83,6 +84,11 @@ def test_a_lazy_run_is_the_same_to_the_bit_stopped_or_not(given, whole, tmp_path
     same_rows(resumed.rows, whole.rows)
     same_bits(resumed.params, whole.params)
     assert "examples read so far" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(LazyDocuments, "members", lambda self, entries: asked.append(1) or members(self, entries))
+    expected = provenance(capsys, f"--run={whole.folder}", "--step=12")
+    assert provenance(capsys, f"--run={tmp_path / 'run'}", "--step=12") == expected
+    assert len(asked) <= 4  # the checkpoint says where the windows lie: those before are not tokenised again
 
 
 def test_a_lazy_run_that_resumes_does_not_read_what_it_has_seen(given, tmp_path, monkeypatch):
