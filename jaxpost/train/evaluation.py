@@ -90,4 +90,4 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
     z2 = INTERVAL**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = INTERVAL / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)

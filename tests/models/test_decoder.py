@@ -178,11 +178,11 @@ def test_decoding_against_a_cache_equals_the_whole_row(side, steps):
 def test_bf16_compute_keeps_f32_parameters_and_gradients():
     policy = Policy(CONFIGS["llama"], compute_dtype="bfloat16")
     params = random_params(policy)
-    hidden = jax.jit(policy.hidden)(params, ROWS)
+    hidden, _ = jax.jit(policy.hidden)(params, ROWS)
     assert hidden.dtype == jnp.bfloat16
     gradients = jax.eval_shape(lambda p: loss_and_grad(policy, p, ROWS)[1], params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
-    exact = jax.jit(Policy(CONFIGS["llama"]).hidden)(params, ROWS)
+    exact, _ = jax.jit(Policy(CONFIGS["llama"]).hidden)(params, ROWS)
     close(hidden.astype(jnp.float32), exact, tolerance=0.05)
 
 
