@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -46,6 +47,45 @@ class TokenizerConfig:
     template: str | None = key("chat template: a path or `plain`; None = the tokenizer's own", None)
 
 
+SCRIPTS = Literal[
+    *("Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati"),
+    *("Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana", "Khmer", "Lao", "Latin", "Malayalam"),
+    *("Mongolian", "Myanmar", "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityConfig:
+    """Which training examples are left out; all off by default. Of a pair both answers must pass."""
+
+    prompt_characters: tuple[int, int] | None = key("fewest and most characters of the prompt", None, low=0)
+    prompt_words: tuple[int, int] | None = key("fewest and most words of the prompt", None, low=0)
+    answer_characters: tuple[int, int] | None = key("fewest and most characters of each answer", None, low=0)
+    answer_words: tuple[int, int] | None = key("fewest and most words of each answer", None, low=0)
+    scripts: tuple[SCRIPTS, ...] = key("keep what is written in these", ())
+    script_share: float = key("share of the letters that must belong to data.quality.scripts", 0.9, above=0, high=1)
+    drop_refusals: bool = key("drop answers (of pairs: chosen ones) that begin with a refusal", False)
+    refusal_phrases: tuple[str, ...] = key("phrases that count as refusals besides those known", ())
+    drop_matching: tuple[str, ...] = key("regular expressions; dropped where one is found in any text", ())
+    keep_matching: tuple[str, ...] = key("regular expressions; dropped unless one of them is found in a text", ())
+    decontaminate: tuple[str, ...] = key("evaluation files, named as in data.train", ())
+    decontaminate_ngram: int = key("words of a run that is compared", 8, low=1)
+    decontaminate_share: float = key("share of an evaluation text's runs; 0 = any one run", 0.5, low=0, high=1)
+    exact_duplicates: bool = key("drop all but the first of equal examples, case and spaces aside", False)
+    near_duplicates: float | None = key(
+        "drop what is this similar to a longer one (Jaccard; extra `quality`); None = off", None, above=0, high=1
+    )
+    near_ngram: int = key("words of the runs whose sets are compared", 5, low=1)
+    near_permutations: int = key("of MinHash: the similarity is right to about 1/sqrt of it", 128, low=16)
+
+    @property
+    def on(self) -> bool:
+        """Whether anything can be left out."""
+        lengths = (self.prompt_characters, self.prompt_words, self.answer_characters, self.answer_words)
+        one_by_one = (self.scripts, self.drop_refusals, self.drop_matching, self.keep_matching, self.decontaminate)
+        return any((*lengths, *one_by_one, self.exact_duplicates, self.near_duplicates))
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     train: Sources = key("`embedded`, a path, or a list of paths, [path, weight] or {'path': ..., 'tokens': a budget}")
@@ -63,7 +103,10 @@ class DataConfig:
         "auto",
     )
     workers: int | None = key("processes that tokenise; 0 = none besides, None = by cores and work", None, low=0)
-    cache_dir: str | None = key("tokenised data and indices of files; None = the user's cache folder, '' = off", None)
+    cache_dir: str | None = key(
+        "tokenised data, indices of files, unpacked files; None = the user's cache folder, '' = off", None
+    )
+    quality: QualityConfig = QualityConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +281,11 @@ def override(values: dict, name: str, text: str) -> None:
     section, _, leaf = name.rpartition(".")
     if field is None and section not in schema.free_sections(Config):
         raise ConfigError(f"{name}: {schema.unknown(Config, name)}")
-    inner = values.setdefault(section, {}) if section else values
-    if not isinstance(inner, dict):
-        raise ConfigError(f"{section}: expected a section of keys, got {inner!r}")
+    inner = values
+    for part in section.split(".") if section else ():
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section}: expected a section of keys, got {inner!r}")
     inner[leaf] = schema.read(field.type if field else Scalar, text)
 
 
@@ -282,6 +327,7 @@ def _contradictions(c: Config):
         yield "batch.accumulate", f"{batch.accumulate} does not divide batch.rows_per_step={batch.rows_per_step}"
     if c.data.max_tokens is not None and c.data.max_tokens > batch.tokens_per_row:
         yield "data.max_tokens", f"{c.data.max_tokens} is more than batch.tokens_per_row={batch.tokens_per_row}"
+    yield from _quality_contradictions(c.data.quality)
     sizes = dataclasses.asdict(mesh)
     for axis, size in sizes.items():
         if size == 0:
@@ -307,3 +353,16 @@ def _contradictions(c: Config):
         yield "data.tokenize", f"'lazy' contradicts {reason}; set 'auto' or 'ahead'"
     if c.reference.mode == "live" and c.reference.cache_dir is not None:
         yield "reference.cache_dir", "reference.mode='live' keeps nothing on disk; set None"
+
+
+def _quality_contradictions(quality: QualityConfig):
+    for name in ("drop_matching", "keep_matching"):
+        for pattern in getattr(quality, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"data.quality.{name}", f"{pattern!r} is not a regular expression ({error})"
+    for name in ("prompt_characters", "prompt_words", "answer_characters", "answer_words"):
+        limits = getattr(quality, name)
+        if limits and limits[0] > limits[1]:
+            yield f"data.quality.{name}", f"{limits}: the fewest is more than the most"

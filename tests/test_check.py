@@ -230,6 +230,26 @@ def test_the_report_and_the_picture(arguments, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_quality_settings_leave_out_is_told_and_written(arguments, tmp_path, capsys):
+    """By `check` with its counts, and by a run into its folder, both line by line."""
+    quality = {"exact_duplicates": True, "answer_words": (3, 50)}
+    other = TALK | {"completion": [{"role": "assistant", "content": "Luanda is the capital of Angola."}]}
+    flags = arguments([TALK, other, TALK, LONG], {"quality": quality})
+    assert cli.main(["check", *flags, "--examples=0", f"--out={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    for part in ("dropped: exact_duplicate", "1 (data.jsonl:3)", "dropped: answer_length", "2 documents to train on"):
+        assert part in out, part
+    data = str(tmp_path / "data.jsonl")
+    expected = [
+        {"path": data, "line": 3, "reason": "exact_duplicate", "kept": f"{data}:1"},
+        {"path": data, "line": 4, "reason": "answer_length", "words": 120},
+    ]
+    assert cli.main(["train", *flags, "--config.run.eval_prompts=0"]) == 0
+    for folder in ("out", "run"):
+        lines = (tmp_path / folder / "data_removed.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == expected
+
+
 def test_the_picture_names_the_extra_it_needs(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["check", *arguments([TALK], {}), f"--out={tmp_path}"]) == 2

@@ -1,6 +1,7 @@
 """`jaxpost check --config=dpo`: what a config's data becomes, and what is wrong with it. Reads no weights."""
 
 import argparse
+import os
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ PICTURE = "lengths.png"
 def run(arguments: list[str]) -> None:
     parser = cli.config_parser("check")
     parser.add_argument("--examples", type=_count, default=3, metavar="N", help="examples printed token by token (3)")
-    parser.add_argument("--out", metavar="DIR", help=f"folder to write {PICTURE} into: histograms of the lengths")
+    parser.add_argument("--out", metavar="DIR", help=f"folder for {PICTURE} and what data.quality leaves out")
     parser.add_argument("--kind", help="kind of data, for one that no stage trains on yet (ranking, unpaired, prompt)")
     strict = "false: what is refused is only told, as if data.allow named all of it"
     parser.add_argument("--strict", choices=("true", "false"), default="true", help=strict)
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> None:
 
 def report(config, model, data, repeated, console: Console, flags) -> None:
     """Examples, a packed row, and what the documents measure. repeated: duplicates, held-out examples among them."""
-    from jaxpost.data import preflight
+    from jaxpost.data import preflight, quality
     from jaxpost.data.loader import Loader, row_statistics
 
     batch = config.batch
@@ -71,6 +72,10 @@ def report(config, model, data, repeated, console: Console, flags) -> None:
     console.print(table)
     if flags.out is not None:
         write_picture(config, model, lengths, flags.out, console)
+    if flags.out is not None and config.data.quality.on:
+        path = os.path.join(flags.out, quality.NAME)
+        quality.write(data.removed, path)
+        console.print(f"what data.quality leaves out: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def short(origin) -> str:

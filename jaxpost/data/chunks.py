@@ -120,6 +120,30 @@ class Chunk:
             digest.update(f"{name}{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).data)
         return digest.digest()
 
+    def without(self, faults: Sequence[Fault]) -> "Chunk":
+        """The chunk less the documents of some records, each dropped for the fault given, whatever it had before."""
+        gone = np.zeros(len(self.truncated), bool)
+        gone[[fault.position for fault in faults]] = True
+        documents = np.repeat(~gone, np.diff(self.first_documents.astype(np.int64)))
+        parts = np.repeat(documents, np.diff(self.first_parts.astype(np.int64)))
+        tokens = np.repeat(parts, np.diff(self.part_starts.astype(np.int64)))
+
+        def starts(before, left):
+            return np.concatenate([[0], np.cumsum(np.diff(before.astype(np.int64)) * left)]).astype(before.dtype)
+
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[tokens],
+            weights=self.weights[tokens],
+            part_starts=starts(self.part_starts, parts)[np.r_[True, parts]],
+            first_parts=starts(self.first_parts, documents)[np.r_[True, documents]],
+            first_documents=starts(self.first_documents, ~gone),
+            truncated=self.truncated & ~gone,
+            **{name: getattr(self, name)[documents] for name in ("lines", "paths", "transforms")},
+            faults=[fault for fault in self.faults if not gone[fault.position]] + list(faults),
+            values={n: a[tokens if n.startswith("token.") else parts] for n, a in self.values.items()},
+        )
+
     def pack(self) -> bytes:
         """The chunk as bytes with checksums, which `unpack` reads."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -1,6 +1,8 @@
 """A dataset: files of records as a sequence of documents, and a report of what became of them."""
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,10 +11,12 @@ import numpy as np
 import rich.progress
 from rich.console import Console
 
+from jaxpost.config import QualityConfig
+from jaxpost.data import quality
 from jaxpost.data.cache import Cache
-from jaxpost.data.chunks import Chunk, Encoding
+from jaxpost.data.chunks import Chunk, Encoding, Fault
 from jaxpost.data.documents import Documents, LazyDocuments
-from jaxpost.data.formats import FORMATS, Example, detect, file_beside, parse
+from jaxpost.data.formats import FORMATS, Example, ExampleFault, detect, file_beside, parse
 from jaxpost.data.mixture import amounts, mix
 from jaxpost.data.report import Report
 from jaxpost.data.sources import Source, open_source
@@ -37,7 +41,7 @@ class Dataset:
 
     fingerprint: sha256 of the documents' tokens and weights, which is of the result and not of what went in: a template
     may write today's date, which no key of the input tells. None where they are not all tokenised. kind: what it was
-    loaded as.
+    loaded as. removed: what the quality settings left out; compared: the evaluation files that they name.
     """
 
     documents: Documents | LazyDocuments
@@ -46,11 +50,13 @@ class Dataset:
     names: tuple[str, ...]
     sources: tuple[Source, ...]
     kind: str
+    removed: tuple[quality.Removal, ...]
+    compared: tuple[Source, ...]
 
     @property
     def files(self) -> dict[str, str]:
-        """{path: sha256} of all that was read: the sources, and the files that complete their records."""
-        found = {source.path: source.fingerprint for source in self.sources}
+        """{path: sha256} of all that was read: sources, files that complete their records, evaluation files."""
+        found = {source.path: source.fingerprint for source in (*self.sources, *self.compared)}
         for source, name in zip(self.sources, self.report.formats, strict=True):
             if beside := FORMATS[name].beside:
                 paths = {source[index][1].path for index in range(len(source))}
@@ -80,6 +86,7 @@ def load_dataset(
     tokenize: str = "ahead",
     workers: int | None = 0,
     cache_dir=None,
+    settings: QualityConfig | None = None,
 ) -> Dataset:
     """Reads, parses and tokenises files into documents.
 
@@ -98,6 +105,7 @@ def load_dataset(
         cached and records can be read one by one. The documents and their order are the same.
       workers: processes that tokenise; 0 = this one; None = by cores and work. The result does not depend on it.
       cache_dir: folder of tokenised chunks and of indices of large files, which a later call reads; None = none.
+      settings: which examples are left out for the quality of the data (data/quality); None = none.
 
     Raises:
       DataError: a fault of a file (missing, empty, broken, of another kind, of mixed formats); with on_bad="error"
@@ -113,13 +121,17 @@ def load_dataset(
         for (path, _), source, name in zip(pairs, sources, formats, strict=True)
     ]
     report = Report(tuple(source.path for source in sources), formats)
-    records = _Records(sources, jobs, report, on_bad, workers)
+    settings = settings or QualityConfig()
+    removed = _removed(sources, formats, kind, settings, sources_kept) if settings.on else {}
+    compared = tuple(open_source(path, sources_kept) for path in settings.decontaminate)
+    left_out = tuple(removed.values())
+    records = _Records(sources, jobs, report, on_bad, workers, removed)
     caches = [Cache(tokens_kept, job) for job in jobs]
     counts = [len(source) for source in sources]
     if _is_lazy(tokenize, pairs, sources, lambda: records.missing(caches)):
         report.lazy = True
         documents = LazyDocuments(mix(report.names, counts, pairs), records.encode, records.close)
-        return Dataset(documents, report, None, report.names, sources, kind)
+        return Dataset(documents, report, None, report.names, sources, kind, left_out, compared)
     chunks = list(records.all(caches))
     tokens = np.concatenate([chunk.record_costs for chunk in chunks])
     documents = Documents(chunks, mix(report.names, counts, pairs, tokens))
@@ -127,7 +139,7 @@ def load_dataset(
         faults = report.faults() or "the weights take no example"
         raise DataError(f"{', '.join(report.names)}: nothing left: {faults}")
     report.measure(documents)
-    return Dataset(documents, report, documents.fingerprint(), report.names, sources, kind)
+    return Dataset(documents, report, documents.fingerprint(), report.names, sources, kind, left_out, compared)
 
 
 def _is_lazy(tokenize: str, pairs, sources: Sequence[Source], missing: Callable[[], int]) -> bool:
@@ -153,11 +165,46 @@ def _format(source: Source, format: str, kind: str) -> str:
     return name
 
 
+def _removed(sources, formats, kind: str, settings: QualityConfig, cache) -> dict[int, quality.Removal]:
+    """{example id: why it is left out}. Faulty examples are left to the encoding, which counts them."""
+    ids: list[int] = []
+
+    def examples(advance) -> Iterator[Example]:
+        numbered = itertools.count()
+        for source, name in zip(sources, formats, strict=True):
+            for index in range(len(source)):
+                advance(1)
+                example_id, (record, origin) = next(numbered), source[index]
+                try:
+                    example = parse(record, origin, name, kind)
+                except ExampleFault:
+                    continue
+                ids.append(example_id)
+                yield example
+
+    with _progress("looking at the quality", sum(map(len, sources))) as advance:
+        kept, removals = quality.select(examples(advance), settings, cache=cache)
+    return dict(zip(np.array(ids)[~kept].tolist(), removals, strict=True))
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar, where somebody can see it; gives what advances it."""
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    console = Console()
+    hidden = not (total and console.is_terminal)
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        shown = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(shown, count)
+
+
 class _Records:
     """All records of the sources, numbered one after another, and what encodes them."""
 
-    def __init__(self, sources: Sequence[Source], jobs: list[Job], report: Report, on_bad: str, workers: int | None):
-        self.report = report
+    def __init__(
+        self, sources: Sequence[Source], jobs: list[Job], report: Report, on_bad: str, workers: int | None, removed
+    ):
+        self.report, self._removed = report, removed
         self._jobs, self._on_bad = jobs, on_bad
         self._counts = [len(source) for source in sources]
         self._first_ids = np.cumsum([0, *self._counts])
@@ -181,6 +228,7 @@ class _Records:
                 if chunk is None or not known:
                     chunk = chunk or self._encoder.encode(task)  # what is damaged is made again
                     cache.write(*span, chunk)
+                chunk = self._less_removed(task, chunk)
                 self.report.add(chunk, self._on_bad)
                 yield chunk
         finally:
@@ -199,11 +247,18 @@ class _Records:
         ]
         count = min(MOST_LAZY_WORKERS, cores() - 1) if self._worker_count is None else self._worker_count
         chunks = list(self._started(count).map(tasks)) if count else list(map(self._encoder.encode, tasks))
+        chunks = list(map(self._less_removed, tasks, chunks))
         for task, chunk in zip(tasks, chunks, strict=True):
             ids = task.records + self._first_ids[task.job]
             self.report.add(chunk, self._on_bad, ~self._met[ids])
             self._met[ids] = True
         return chunks
+
+    def _less_removed(self, task: Task, chunk: Chunk) -> Chunk:
+        ids = enumerate((task.records + self._first_ids[task.job]).tolist())
+        found = [(position, self._removed[n]) for position, n in ids if n in self._removed]
+        faults = [Fault(position, r.reason, str(r), r.origin.path, r.origin.line) for position, r in found]
+        return chunk.without(faults) if faults else chunk
 
     def close(self) -> None:
         """Ends the processes; more of them start where more is to be encoded."""
@@ -220,13 +275,9 @@ class _Records:
 
     def _encode_all(self, tasks: list[Task]) -> Iterator[Chunk]:
         """Encodes tasks in their order, with a progress bar."""
-        columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
-        console = Console()
-        hidden = not (tasks and console.is_terminal)
-        with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-            shown = bar.add_task("tokenising", total=sum(len(task.records) for task in tasks))
+        with _progress("tokenising", sum(len(task.records) for task in tasks)) as advance:
             for task, chunk in zip(tasks, self._chunks_of(tasks), strict=True):
-                bar.advance(shown, len(task.records))
+                advance(len(task.records))
                 yield chunk
 
     def _chunks_of(self, tasks: list[Task]) -> Iterator[Chunk]:

@@ -6,12 +6,14 @@ import dataclasses
 import numpy as np
 import rich.table
 
+from jaxpost.data import quality
 from jaxpost.data.chunks import Chunk
 from jaxpost.data.documents import Documents
 from jaxpost.data.formats import ExampleFault
 
 ORIGINS_SHOWN = 3
 LENGTH_REASONS = ("too_long", "longer_than_row")
+NO_FAULTS = (*LENGTH_REASONS, *quality.REASONS)  # what settings leave out: dropped under data.on_bad="error" too
 PERCENTILES = (50, 90, 99, 100)
 
 
@@ -38,8 +40,8 @@ class Report:
     lazy: bool = False
 
     def drop(self, fault: ExampleFault, on_bad: str) -> None:
-        """Counts the fault, or raises it where on_bad is "error" (being too long is no fault of that kind)."""
-        if on_bad == "error" and fault.reason not in LENGTH_REASONS:
+        """Counts the fault, or raises it where on_bad is "error" (what settings leave out is none of that kind)."""
+        if on_bad == "error" and fault.reason not in NO_FAULTS:
             raise fault
         self.dropped[fault.reason] += 1
         if self.dropped[fault.reason] <= ORIGINS_SHOWN:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpost.config import to_dict
+from jaxpost.data import quality
 from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
 from jaxpost.sharding import batch_sharding, shardings_like
@@ -75,6 +76,8 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         start = int(state.step)
         inputs.record(folder, inputs.describe(config, model, data))
         write_config(folder, config)
+        if config.data.quality.on:
+            quality.write(data.removed, folder / quality.NAME)
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
         metrics.cut(start or -1)  # afresh: the evaluation before training is made again

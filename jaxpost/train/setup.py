@@ -13,6 +13,7 @@ from jaxpost.config import needs_all_documents
 from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.loader import Loader
+from jaxpost.data.quality import Removal
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
@@ -62,6 +63,7 @@ class Data:
     report: Any
     identity: dict[str, Any]  # what the documents' tokens depend on
     files: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> sha256 of each data file
+    removed: tuple[Removal, ...] = ()  # what data.quality left out
 
     def close(self) -> None:
         """Ends the processes that tokenise, if there are any."""
@@ -164,7 +166,8 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
     # The whole where something needs it before the first step: `inspect` looks at all documents.
     ahead = inspect is not None or (config.data.tokenize == "auto" and needs_all_documents(config))
     mode = "ahead" if ahead else config.data.tokenize
-    train = _dataset(config, model, kind, embedded.sources(config.data.train, config.stage, "train"), inspect, mode)
+    paths = embedded.sources(config.data.train, config.stage, "train")
+    train = _dataset(config, model, kind, paths, inspect, mode, config.data.quality)
     documents, held_out, files = train.documents, None, train.files
     branches = BRANCHES[kind] if kind in BRANCHES else max(len(d.completions) for d in documents)
     identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
@@ -176,7 +179,7 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
     elif config.data.eval_examples:
         documents, held_out = documents.hold_out(config.data.eval_examples, config.run.seed)
         identity |= {"held_out": config.data.eval_examples, "seed": config.run.seed}
-    return Data(documents, held_out, branches, train.report, identity, files)
+    return Data(documents, held_out, branches, train.report, identity, files, train.removed)
 
 
 def train_loader(config, data: Data, plan=None) -> Loader:
@@ -195,7 +198,7 @@ def _row_shape(config) -> dict[str, int]:
     return {name: getattr(config.batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
 
 
-def _dataset(config, model: Model, kind: str, sources, inspect, mode: str) -> Dataset:
+def _dataset(config, model: Model, kind: str, sources, inspect, mode: str, quality=None) -> Dataset:
     """Reads the sources. inspect: what looks at the result; see `open_data`. mode: as data.tokenize."""
     kept = config.data.cache_dir
     dataset = load_dataset(
@@ -211,6 +214,7 @@ def _dataset(config, model: Model, kind: str, sources, inspect, mode: str) -> Da
         tokenize=mode,
         workers=config.data.workers,
         cache_dir=cache_folder() / "data" if kept is None else kept or None,
+        settings=quality,
     )
     if inspect is not None:
         inspect(dataset)

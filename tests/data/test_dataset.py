@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from jaxpost.config import QualityConfig
 from jaxpost.data.dataset import load_dataset
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import ExampleFault, parse
@@ -20,6 +21,7 @@ from tests.shared import SHARED, needs_shared
 
 GOOD = {"prompt": "Who wrote Emma?", "completion": " Jane Austen."}
 EMPTY = {"prompt": "Who wrote Emma?", "completion": ""}
+PLAIN = {"prompt": "No or yes, or maybe not?", "completion": " Maybe not."}
 LONG = {"prompt": "Who wrote Emma?", "completion": " Jane Austen." * 30}
 PAIR = {"prompt": "Yes or no?", "chosen": " Yes", "rejected": " No"}
 
@@ -317,3 +319,71 @@ def test_files_that_complete_the_records_are_among_the_inputs(tokenizer):
     found = {pathlib.Path(name).resolve(): digest for name, digest in dataset.files.items()}
     files = (path, answers.parent / path.name)
     assert found == {file.resolve(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+# --- data quality -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"tokenize": "lazy"}])
+def test_what_the_quality_settings_leave_out(load, write_jsonl, options):
+    """Exactly the other examples' documents, the removed ones counted by reason, faults still faults."""
+    records = [
+        GOOD,
+        {"prompt": "No?", "completion": " Yes"},
+        EMPTY,
+        GOOD,
+        LONG,
+        GOOD,
+        {"prompt": "A", "completion": " B"},
+    ]
+    settings = QualityConfig(exact_duplicates=True, drop_matching=("^A$",))
+    first, other = write_jsonl(*records), write_jsonl(GOOD, PLAIN, name="other.jsonl")
+    dataset = load([first, other], settings=settings, on_bad="drop", **options)
+    found = list(dataset.documents)
+    assert [str(d.origin).rpartition("/")[2] for d in found] == ["data.jsonl:1", "data.jsonl:2", "other.jsonl:2"]
+    assert [d.example_id for d in found] == [0, 1, 8]
+    plain = load([first, other], **options)
+    expected = {d.example_id: d for d in plain.documents}
+    assert all(same(d, expected[d.example_id]) for d in found)
+    report = dataset.report
+    assert report.dropped == {"exact_duplicate": 3, "matches_pattern": 1, "empty_completion": 1, "too_long": 1}
+    assert (report.read, report.kept) == (9, 3)
+    assert [(r.origin.line, r.reason) for r in dataset.removed] == [
+        (4, "exact_duplicate"),
+        (6, "exact_duplicate"),
+        (7, "matches_pattern"),
+        (1, "exact_duplicate"),
+    ]
+    assert "dropped: exact_duplicate" in str(report) and "data.jsonl:4" in str(report)
+    for documents in (dataset.documents, plain.documents):
+        getattr(documents, "close", lambda: None)()
+
+
+def test_quality_settings_are_no_faults_and_count_in_budgets(load, write_jsonl):
+    path = write_jsonl(GOOD, GOOD, PLAIN)
+    settings = QualityConfig(exact_duplicates=True)
+    dataset = load(path, settings=settings, on_bad="error")
+    tokens = [d.cost for d in dataset.documents]
+    assert len(tokens) == 2
+    budget = load([(path, {"tokens": sum(tokens)})], settings=settings)
+    assert sorted(d.example_id for d in budget.documents) == [0, 2]
+
+
+def test_the_cache_of_tokens_knows_nothing_of_quality(load, write_jsonl, tmp_path):
+    """The same chunks serve every setting."""
+    path = write_jsonl(GOOD, GOOD, PLAIN)
+    options = {"cache_dir": tmp_path / "cache"}
+    settings = QualityConfig(exact_duplicates=True)
+    counts = [len(load(path, settings=s, **options).documents) for s in (settings, None, settings)]
+    assert counts == [2, 3, 2] and len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+    evaluation = write_jsonl(PLAIN, name="evaluation.jsonl")
+    dataset = load(path, settings=QualityConfig(decontaminate=(str(evaluation),), decontaminate_ngram=3), **options)
+    assert [source.path for source in dataset.compared] == [str(evaluation)]
+    assert dataset.report.dropped == {"contaminated": 1}
+
+
+def test_documents_of_many_files_name_their_own(load, write_jsonl):
+    first = write_jsonl(GOOD, PLAIN, name="a.jsonl")
+    write_jsonl(GOOD, name="b.jsonl")
+    dataset = load(str(first.parent / "[ab].jsonl"))
+    assert [str(d.origin).rpartition("/")[2] for d in dataset.documents] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
