@@ -96,10 +96,10 @@ def _near(found: Sequence[Fingerprints], left: list[int], settings: QualityConfi
     for n in sorted(left, key=lambda n: (-found[n].length, found[n].digest, n)):
         one = _empty(settings.near_permutations)
         one.hashvalues = found[n].minhash
-        similar = [(one.jaccard(kept[m]), -m) for m in index.query(one)]
-        similarity, m = max(similar, default=(0.0, 0))
-        if similar and similarity >= threshold:
-            detail = {"kept": str(found[-m].origin), "similarity": round(similarity, 3)}
+        similar = {m: one.jaccard(kept[m]) for m in index.query(one)}
+        nearest = max(similar, key=lambda m: (similar[m], -m), default=None)
+        if nearest is not None and similar[nearest] >= threshold:
+            detail = {"kept": str(found[nearest].origin), "similarity": round(similar[nearest], 3)}
             removed[n] = Removal(found[n].origin, "near_duplicate", detail)
         else:
             kept[n] = one

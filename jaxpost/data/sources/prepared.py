@@ -46,7 +46,7 @@ def open_hf(name: str, cache=None) -> Blocks:
     library = require("datasets", "hf", f"{path}: reading Hugging Face datasets")
     name, split = _split_of(name)
     try:
-        return _hf(path, library.load_dataset(name, split=split), split, cache)
+        return _hf(path, library.load_dataset(name, split=split, keep_in_memory=False), split, cache)
     except FAILURES as error:
         if isinstance(error, DataError):
             raise
@@ -57,7 +57,7 @@ def open_saved(path: str, cache=None) -> Blocks:
     """A folder that `save_to_disk` of a Hugging Face dataset has written."""
     library = require("datasets", "hf", f"{path}: reading a saved Hugging Face dataset")
     try:
-        return _hf(path, library.load_from_disk(path), "", cache)
+        return _hf(path, library.load_from_disk(path, keep_in_memory=False), "", cache)
     except FAILURES as error:
         if isinstance(error, DataError):
             raise
