@@ -90,6 +90,7 @@ class Loader:
         self._first_rows = [list(rows) for rows in plan or ()]  # [epoch][window]: rows before it; one more than planned
         self._first_steps = [0]  # [epoch]: steps before it, for the epochs that are fully planned and the next one
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        # window_rows(epoch, window): its rows in order, each a list of indices into `documents`
         self.window_rows = functools.lru_cache(maxsize=8)(self._make_window_rows)
         self._taken = functools.lru_cache(maxsize=4)(self._count_taken)
 
