@@ -1,12 +1,5 @@
-"""What learns takes minutes and several seeds: `make claims`, or `python -m tests.claims [embedded] [real]`.
+"""DPO: on the embedded world, and on real dialogues."""
 
-Each claim trains, measures, and is written to docs/claims/NAME.md with seed, time and command, whether it held or
-not. Exits 1 if one did not hold.
-"""
-
-import pathlib
-import sys
-import tempfile
 import time
 
 import numpy as np
@@ -16,10 +9,8 @@ from jaxpost import config as configs
 from jaxpost import embedded
 from jaxpost.train.reference import compute_logps
 from jaxpost.train.setup import open_data, open_mesh, open_model
+from tests.claims.runs import SEEDS, train
 from tests.shared import SHARED
-
-DOCS = pathlib.Path(__file__).parents[1] / "docs" / "claims"
-SEEDS = (0, 1, 2)
 
 
 def embedded_world() -> list[tuple]:
@@ -90,18 +81,6 @@ def real_input() -> list[tuple]:
     return rows
 
 
-def train(stage: str, seed: int, *, model=None, train=None, learning_rate=None, max_dropped=0.05, **batch):
-    """One run of a packaged config with a seed of its own, in a folder that is thrown away."""
-    config = jaxpost.get_config(stage)
-    config.run.seed, config.run.dir = seed, tempfile.mkdtemp() + "/run"
-    config.run.eval_prompts = 0
-    config.model.path, config.data.train = model or config.model.path, train or config.data.train
-    config.optimizer.learning_rate = learning_rate or config.optimizer.learning_rate
-    config.data.max_dropped = max_dropped
-    config.batch.update(batch)
-    return jaxpost.run(config)
-
-
 def world_metrics(loaded) -> dict[str, float]:
     """The world's own rule on greedy answers to the held-out questions."""
     return embedded.evaluate(lambda asked: loaded.answer([[{"role": "user", "content": q}] for q in asked], 48))
@@ -122,31 +101,3 @@ def pair_accuracies(run) -> tuple[float, float]:
         equal.append(len(set(map(len, documents[index].completions))) == 1)
     right = np.array(margins) > 0
     return float(right.mean()), float(right[np.array(equal)].mean())
-
-
-CLAIMS = {"embedded": embedded_world, "real": real_input}
-
-
-def write(name: str, rows: list[tuple]) -> bool:
-    """docs/claims/NAME.md; whether every claim held."""
-    lines = [f"# {name}", "", CLAIMS[name].__doc__.strip(), "", f"`python -m tests.claims {name}`, 2 CPU cores", ""]
-    lines += ["| what | run | measured | claimed | held |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {what} | {how} | {value:.4f} | {claim} | {'yes' if held else '**no**'} |"
-        for what, how, value, claim, held in rows
-    ]
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    return all(row[-1] for row in rows)
-
-
-def main(names: list[str]) -> int:
-    if unknown := set(names) - set(CLAIMS):
-        sys.exit(f"unknown claims {sorted(unknown)}; there are {', '.join(CLAIMS)}")
-    names = names or [name for name in CLAIMS if name != "real" or SHARED.is_dir()]
-    return 0 if all([write(name, CLAIMS[name]()) for name in names]) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
