@@ -67,7 +67,7 @@ class Mean:
     def value(self):
         """total / weight; where the weight is 0, so is the total, and the mean. numpy and jax arrays, plain floats."""
         where = jnp.where if isinstance(self.weight, jax.Array) else np.where
-        return self.total / where(self.weight == 0, np.float32(1), self.weight)
+        return self.total / where(self.weight == 0, 1.0, self.weight)
 
 
 @record

@@ -1,12 +1,31 @@
 """The losses, as their papers write them: pure, per example, f32, unreduced. Needs jax alone.
 
-Copy from here, or `from jaxpost.losses import dpo, PairLogps`. A name in a config (`loss.name`) is a key of the
-tables `preference.LOSSES` and `sft.LOSSES`; its keyword arguments are its hyperparameters.
+Copy from here, or `from jaxpost.losses import dpo, PairLogps`. A name in a config (`loss.name`) is a key of the table
+`LOSSES` of the stage's module: `sft`, `preference`, `unpaired`, `reward`, `distill`; its keyword arguments are its
+hyperparameters.
 """
 
-from jaxpost.losses.preference import PairLogps, implicit_rewards, sigmoid
+from jaxpost.losses import distill, pairs, preference, reward, sft, unpaired
+from jaxpost.losses.pairs import PairLogps, implicit_rewards, ld_weights, with_divergence, wpo_weights
+from jaxpost.losses.preference import sigmoid
 from jaxpost.losses.sft import dft, nll
 
 dpo = sigmoid
 
-__all__ = ["PairLogps", "dft", "dpo", "implicit_rewards", "nll", "sigmoid"]
+__all__ = [
+    "PairLogps",
+    "dft",
+    "distill",
+    "dpo",
+    "implicit_rewards",
+    "ld_weights",
+    "nll",
+    "pairs",
+    "preference",
+    "reward",
+    "sft",
+    "sigmoid",
+    "unpaired",
+    "with_divergence",
+    "wpo_weights",
+]

@@ -5,6 +5,7 @@ failed or missing (nothing of ours computes it yet). Prints `N passed, M failed`
 and exits 0 only if all passed.
 """
 
+import inspect
 import json
 import pathlib
 import sys
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost.losses import preference, sft
+from jaxpost.losses import distill, pairs, preference, reward, sft, unpaired
 from jaxpost.ops.logprobs import Head, token_logps
 
 TOLERANCE = 1e-6  # relative to the largest value of an output; 1e-6 absolute where that is below 1
@@ -28,38 +29,158 @@ def check(run):
 @check
 def dpo(inputs, hyper):
     """Values and gradients of the summed and the per-token log-probabilities, as a mean over pairs."""
-    name = hyper["loss_type"][0]
-    plain = {
-        "loss_weights": ([1.0],),
-        "ld_alpha": (None, 1.0),
-        "f_divergence_type": ("reverse_kl",),
-        "use_weighting": (False,),
-    }
-    if name not in preference.LOSSES or any(hyper[k] not in values for k, values in plain.items()):
+    if any(name not in preference.LOSSES for name in hyper["loss_type"]):
         return None
-    loss_fn, logps = preference.LOSSES[name], jnp.asarray(inputs["policy_per_token_logps"])
+    logps = jnp.asarray(inputs["policy_per_token_logps"])
     mask = inputs["completion_mask"][:, 1:].astype(logps.dtype)
-    pairs = len(mask) // 2
-    reference = preference.PairLogps(*split_sums(inputs["ref_per_token_logps"] * mask))
+    count = len(mask) // 2
+    halves = lambda x: (x[:count], x[count:])  # noqa: E731
+    lengths = halves(mask.sum(1))
+    index, both = mask.cumsum(1) - 1, [np.concatenate([length] * 2)[:, None] for length in lengths]
+    ld_alpha = 1.0 if hyper["ld_alpha"] is None else hyper["ld_alpha"]
+    weights = mask * pairs.ld_weights(index, *both, alpha=ld_alpha)
+    summed = lambda per_token, weights: pairs.PairLogps(*halves((per_token * weights).sum(1)), *lengths)  # noqa: E731
+    reference = summed(inputs["ref_per_token_logps"], weights)
 
     def loss(per_token):
-        policy = preference.PairLogps(*split_sums(per_token * mask))
-        # the reference ignores label_smoothing in `sigmoid`: comparable at 0 only
-        return loss_fn(policy, reference, beta=hyper["beta"]).mean()
+        policy, total = summed(per_token, weights), 0.0
+        wpo = jnp.ones(count)
+        if hyper["use_weighting"]:
+            wpo = pairs.wpo_weights(summed(per_token, mask), summed(inputs["log_sum_sq_probs"], mask))
+        for name, weight in zip(hyper["loss_type"], hyper["loss_weights"], strict=True):
+            loss_fn = preference.LOSSES[name]
+            given = policy, reference
+            if loss_fn.any_divergence:
+                kind = {"divergence": hyper["f_divergence_type"], "alpha": hyper["f_alpha_divergence_coef"]}
+                given = pairs.with_divergence(*given, **kind), None
+            values = loss_fn(*given, **hyperparameters(loss_fn, hyper | {"tau": hyper["discopop_tau"]}))
+            share = lengths[0] / lengths[0].sum() if loss_fn.per_token else 1 / count
+            total += weight * (values * wpo * share).sum()
+        return total
 
     value, grad = jax.value_and_grad(loss)(logps)
-    first = grad[np.arange(2 * pairs), mask.argmax(1)]
+    first = halves(grad[np.arange(2 * count), mask.argmax(1)])
     return {
         "loss": value,
         "grad_policy_per_token": grad,
-        "grad_chosen_logps": first[:pairs],
-        "grad_rejected_logps": first[pairs:],
+        **dict(zip(("grad_chosen_logps", "grad_rejected_logps"), first, strict=True)),
     }
 
 
-def split_sums(per_token):
-    sums = per_token.sum(1)
-    return sums[: len(sums) // 2], sums[len(sums) // 2 :]
+def hyperparameters(loss, hyper):
+    """Those that the loss takes. The reference ignores label_smoothing in `sigmoid`: comparable at 0 only."""
+    takes = inspect.signature(loss).parameters
+    return {k: v for k, v in hyper.items() if k in takes and (loss, k) != (preference.sigmoid, "label_smoothing")}
+
+
+@check
+def kto(inputs, hyper):
+    mask, label = inputs["completion_mask"][:, 1:].astype(np.float64), np.array(hyper["labels"], np.float64)
+    kl_mask = inputs["KL_completion_mask"][:, 1:].astype(np.float64)
+    shifted = inputs["KL_policy_per_token_logps"] + hyper["kl_shift"]
+    reference = (inputs["ref_per_token_logps"] * mask).sum(1)
+    loss_fn = unpaired.LOSSES[hyper["loss_type"]]
+    kl = jnp.zeros(())
+    if loss_fn.baseline == "kl":
+        kl = unpaired.kl((shifted * kl_mask).sum(1), (inputs["KL_ref_per_token_logps"] * kl_mask).sum(1))
+
+    def loss(per_token):
+        return loss_fn((per_token * mask).sum(1), reference, label, kl, **hyperparameters(loss_fn, hyper)).mean()
+
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(inputs["policy_per_token_logps"]))
+    return {"loss": value, "grad_policy_per_token": grad, "kl": kl}
+
+
+@check
+def bco(inputs, hyper):
+    """The running mean over the steps up to this one."""
+    state = unpaired.Mean(jnp.zeros(()), jnp.zeros(()))
+    names = ("chosen", "rejected")
+    for step in range(hyper["step"] + 1):
+        policy, reference = (
+            [jnp.asarray(inputs[f"{who}_{name}"][step]) for name in names] for who in ("policy", "ref")
+        )
+        rewards = [hyper["beta"] * (ours - theirs) for ours, theirs in zip(policy, reference, strict=True)]
+        state = unpaired.reward_shift(state, jnp.concatenate(rewards))
+
+    def losses(policy):
+        label = jnp.concatenate([jnp.ones_like(policy[0]), jnp.zeros_like(policy[1])])
+        joined = jnp.concatenate(policy), jnp.concatenate(reference)
+        return unpaired.bco(*joined, label, state.value, **hyperparameters(unpaired.bco, hyper))
+
+    grads = jax.grad(lambda policy: losses(policy).mean())(policy)
+    values = losses(policy)
+    return {
+        "losses": values,
+        "loss": values.mean(),
+        "delta": state.value,
+        **dict(zip(("grad_chosen", "grad_rejected"), grads, strict=True)),
+    }
+
+
+@check
+def orpo(inputs, hyper):
+    """The NLL is given there; the odds-ratio part is ours, and has the other sign there."""
+    ours = reference_free(inputs, hyper, lambda pair: hyper["beta"] * preference.odds_ratio(pair), nll_weight=1.0)
+    return ours | {"per_sequence_term": -ours["per_sequence_term"]}
+
+
+@check
+def cpo(inputs, hyper):
+    """CPO's losses are those with a reference, given a uniform one; alpha shapes the reward as AlphaPO does."""
+    name, beta, alpha = hyper["loss_type"], hyper["beta"], hyper["alpha"]
+
+    def term(pair):
+        if name == "simpo":
+            given = {"gamma": hyper["simpo_gamma"], "label_smoothing": hyper["label_smoothing"]}
+            return preference.alphapo(pair, beta=beta, alpha=alpha, **given)
+        chosen, rejected = (preference.power(x, alpha) for x in (pair.chosen, pair.rejected))
+        shaped = pairs.PairLogps(chosen, rejected, pair.chosen_tokens, pair.rejected_tokens)
+        if name == "sigmoid":
+            return preference.cpo(shaped, beta=beta, alpha=0.0, label_smoothing=hyper["label_smoothing"])
+        return preference.LOSSES[name](shaped, None, beta=beta)
+
+    return reference_free(inputs, hyper, term, nll_weight=hyper["cpo_alpha"])
+
+
+def reference_free(inputs, hyper, term, nll_weight):
+    """Loss, gradients and the per-pair part of a method whose log-probabilities are given as sums or as means."""
+    given = [jnp.asarray(inputs[f"{hyper['logps_kind']}_{which}_logps"]) for which in ("chosen", "rejected")]
+
+    def loss(chosen, rejected, nll):
+        values = term(pairs.PairLogps(chosen, rejected, *[jnp.ones_like(chosen)] * 2))  # means: as if of one token
+        return values.mean() + nll_weight * nll, values
+
+    nll = jnp.asarray(inputs["nll_loss"])
+    (value, values), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*given, nll)
+    names = ("grad_chosen_logps", "grad_rejected_logps", "grad_nll")
+    return {"loss": value, "per_sequence_term": values, **dict(zip(names, grads, strict=True))}
+
+
+@check
+def reward_(inputs, hyper):
+    margin = jnp.asarray(inputs["margin"]) if hyper["margin"] else None
+    centering = hyper["center_rewards_coefficient"] or 0.0
+
+    def loss(rewards):
+        chosen, rejected = jnp.split(rewards[:, 0], 2)
+        return reward.bradley_terry(chosen, rejected, margin, centering=centering).mean()
+
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(inputs["rewards"]))
+    return {"loss": value, "grad_rewards": grad}
+
+
+@check
+def distill_(inputs, hyper):
+    mask = (inputs["labels"] != -100).astype(np.float64)
+    teacher = distill.logps(jnp.asarray(inputs["teacher_logits"]), temperature=hyper["temperature"])
+
+    def loss(logits):
+        student = distill.logps(logits, temperature=hyper["temperature"])
+        return (distill.jsd(student, teacher, beta=hyper["beta"]) * mask).sum() / mask.sum()
+
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(inputs["student_logits"]))
+    return {"loss": value, "grad_student_logits": grad}
 
 
 @check
@@ -107,7 +228,7 @@ def check_file(path: pathlib.Path) -> dict[str, str]:
     """Verdict per case of one file: "passed", "missing" or what differs."""
     case_file, values = json.loads(path.with_suffix(".json").read_text()), np.load(path)
     inputs = {name: values[name] for name in values.files if "/" not in name}
-    run = CHECKS.get({"sft": "sft_"}.get(path.stem, path.stem))
+    run = CHECKS.get(path.stem) or CHECKS.get(f"{path.stem}_")  # of the name of a module of losses
     return {case["id"]: verdict(run, inputs, case, values) for case in case_file["cases"]}
 
 
