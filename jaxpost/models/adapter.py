@@ -66,8 +66,13 @@ class Adapter:
             digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
-    def token_stats(self, params: Any, batch: Batch, *, chunk: int) -> tuple[TokenStats, None]:
-        """As `Policy.token_stats`."""
+    def whole(self, params: Any, frozen: Any) -> Any:
+        return params
+
+    def token_stats(
+        self, params: Any, batch: Batch, *, chunk: int, key: Array | None = None
+    ) -> tuple[TokenStats, None]:
+        """As `Policy.token_stats`; no key reaches the model."""
         rows, documents = batch.rows, batch.example_ids.shape[1]
         branches = batch.completion["mask"].shape[2] if batch.completion else 1
         columns = sequence_columns(rows, documents, branches, min(rows.tokens.shape[1], self.config.max_positions))

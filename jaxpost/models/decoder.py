@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.models.config import Layer, ModelConfig, stack_row
+from jaxpost.models.lora import PREFIX, Lora, column_norms, delta
+from jaxpost.models.quantize import QUANTIZED
 from jaxpost.ops.attention import Places, attention
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
@@ -48,19 +50,53 @@ class Linear(nn.Module):
     dtype: str
     inputs: int = 1
     biased: bool = False
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        ins, outs = range(self.inputs), range(self.inputs, len(self.shape))
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", ins, outs)
-        weight = self.param("weight", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
         width = math.prod(self.shape[: self.inputs])
-        y = x.reshape(-1, width) @ weight.astype(self.dtype).reshape(width, -1)
+        weight = self._weight().astype(self.dtype).reshape(width, -1)
+        flat = x.reshape(-1, width)
+        y = flat @ weight
+        if self.lora is not None:
+            y = self._adapted(flat, y, weight)
         if self.biased:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
             bias = self.param("bias", init, self.shape[self.inputs :], jnp.float32)
             y = y + bias.astype(self.dtype).reshape(1, -1)
         return y.reshape(*x.shape[: x.ndim - self.inputs], *self.shape[self.inputs :])
+
+    def _weight(self):
+        stored = self.variables.get("params", {})
+        for name, read in QUANTIZED.items():
+            if name in stored:
+                return read(stored[name], stored[f"{name}_scale"], self.dtype)
+        ins, outs = range(self.inputs), range(self.inputs, len(self.shape))
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", ins, outs)
+        return self.param("weight", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
+
+    def _adapted(self, x, y, weight):
+        """y = x weight [N, outs] with the adapter worked in (models/lora)."""
+        lora, ins, outs = self.lora, self.shape[: self.inputs], self.shape[self.inputs :]
+        width = math.prod(ins)
+        # Uniform with variance 1 / (3 * inputs), as PEFT draws it.
+        draw = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", range(self.inputs), self.inputs)
+        a = self._lora_param("a", draw, (*ins, lora.rank), (*self.axes[: self.inputs], "rank"))
+        b = self._lora_param("b", nn.initializers.zeros, (lora.rank, *outs), ("rank", *self.axes[self.inputs :]))
+        a, b = a.reshape(width, -1), b.reshape(lora.rank, -1)
+        kept = x
+        if lora.dropout and self.has_rng("dropout"):
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
+            kept = jnp.where(keep, x / (1 - lora.dropout), 0).astype(x.dtype)
+        y = y + (kept @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(lora.scale, self.dtype)
+        if lora.dora:
+            magnitude = self._lora_param("magnitude", nn.initializers.ones, outs, self.axes[self.inputs :])
+            norms = column_norms(weight.astype(jnp.float32) + delta(a, b, lora.scale, 1), 1)
+            y = y * (magnitude.reshape(-1) / jax.lax.stop_gradient(norms)).astype(self.dtype)[None]  # section 4.3
+        return y
+
+    def _lora_param(self, name, init, shape, axes):
+        return self.param(PREFIX + name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -84,12 +120,13 @@ class Attention(nn.Module):
     config: ModelConfig
     kind: Layer
     dtype: str
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, x, tables, queries, keys, first_query, store):
         c = self.config
         D, H, K, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        linear = functools.partial(_linear, c, self.dtype)
+        linear = functools.partial(_linear, self)
         q = linear("q", (D, H, h), ("embed", "heads", "head_dim"))(x)
         k = linear("k", (D, K, h), ("embed", "kv_heads", "head_dim"))(x)
         v = linear("v", (D, K, h), ("embed", "kv_heads", "head_dim"))(x)
@@ -119,11 +156,12 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: str
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         D, F = self.config.embed_dim, self.config.mlp_dim
-        linear = functools.partial(_linear, self.config, self.dtype)
+        linear = functools.partial(_linear, self)
         gate = linear("gate", (D, F), ("embed", "mlp"))(x)
         up = linear("up", (D, F), ("embed", "mlp"))(x)
         x = constrain(ACTIVATIONS[self.config.activation](gate) * up, ("batch", "length", "mlp"))
@@ -188,12 +226,13 @@ class Block(nn.Module):
     config: ModelConfig
     kind: Layer
     dtype: str
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, x, tables, queries, keys, first_query, store):
         c, router = self.config, None
         norm = functools.partial(RMSNorm, c.norm_eps, c.unit_offset, self.dtype)
-        attend = Attention(c, self.kind, self.dtype, name="attn")
+        attend = Attention(c, self.kind, self.dtype, self.lora, name="attn")
         out, stored = attend(norm(name="attn_norm")(x), tables, queries, keys, first_query, store)
         if c.post_norms:
             out = norm(name="attn_post_norm")(out)
@@ -202,7 +241,7 @@ class Block(nn.Module):
         if self.kind.experts:
             out, router = MoE(c, self.dtype, name="moe")(out)
         else:
-            out = MLP(c, self.dtype, name="mlp")(out)
+            out = MLP(c, self.dtype, self.lora, name="mlp")(out)
         if c.post_norms:
             out = norm(name="mlp_post_norm")(out)
         return constrain(x + out, ("batch", "length", "hidden")), stored, router
@@ -219,13 +258,14 @@ class Decoder(nn.Module):
     config: ModelConfig
     dtype: str
     remat: str  # a key of REMAT
+    lora: Lora | None
     unroll: bool  # straight code instead of a loop: 10 % quicker on CPU, slow to compile for deep models
 
     @nn.compact
-    def __call__(self, tokens: Array, places: Places, cache: Cache | None = None):
+    def __call__(self, tokens: Array, places: Places, cache: Cache | None = None, key: Array | None = None):
         """(hidden [B, T, D], cache or None, router logits f32[L, B, T, E] of the MoE layers or None).
 
-        With a cache, the tokens continue it and the longer cache is returned.
+        With a cache, the tokens continue it and the longer cache is returned. key: of the adapters' dropout, if any.
         """
         c = self.config
         table = self._table("embed", "vocab", c.vocab_size)
@@ -245,7 +285,9 @@ class Decoder(nn.Module):
             cache = Cache(cache.k, cache.v, positions, cache.length + tokens.shape[1])
         ropes = {kind.rope for kind in c.pattern}
         tables = {rope: rope_tables(rope, c.head_dim, places.positions) for rope in ropes}
-        run = functools.partial(self._layers, tables=tables, queries=places, keys=keys, first_query=first_query)
+        run = functools.partial(
+            self._layers, tables=tables, queries=places, keys=keys, first_query=first_query, dropout=key
+        )
         x, kv, router = run("layers", c.pattern, 0, c.num_layers - c.tail_layers, x, kv)
         if c.tail_layers:
             x, kv, last = run("tail", c.pattern[: c.tail_layers], c.num_layers - c.tail_layers, c.tail_layers, x, kv)
@@ -259,13 +301,13 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
         return _Table(init, (size, self.config.embed_dim), name=name)()
 
-    def _layers(self, name, kinds, first, count, x, kv, *, tables, queries, keys, first_query):
+    def _layers(self, name, kinds, first, count, x, kv, *, tables, queries, keys, first_query, dropout):
         """`count` stacked layers from layer `first` on, one loop step per period of `kinds`.
 
         Returns x, kv, and the router logits of its MoE layers in order: a list of one [n, B, T, E], or empty.
         """
         P = len(kinds)
-        blocks = [Block(self.config, kind, self.dtype, parent=None) for kind in kinds]
+        blocks = [Block(self.config, kind, self.dtype, self.lora, parent=None) for kind in kinds]
 
         def init(key):
             def stack(i, key):
@@ -282,13 +324,15 @@ class Decoder(nn.Module):
             stacks = [stack(i, jax.random.fold_in(key, n)) for n, i in enumerate(firsts.values())]
             return jax.tree.map(_add_layers_axis, _joined(stacks), is_leaf=_is_box)
 
-        stacked = self.param(name, init)
         if self.is_initializing():
+            self.param(name, init)
             return x, kv, []
+        stacked = self.variables["params"][name]  # a quantised base has other leaves than `init` makes
 
         def apply(block, rope, x, params, kv, layer):
             store = functools.partial(_store, kv, layer, first_query)
-            return block.apply({"params": params}, x, tables[rope], queries, keys, first_query, store)
+            rngs = None if dropout is None else {"dropout": jax.random.fold_in(dropout, layer)}
+            return block.apply({"params": params}, x, tables[rope], queries, keys, first_query, store, rngs=rngs)
 
         def period(carry, xs):
             x, kv = carry
@@ -334,8 +378,11 @@ def _store(kv, layer, slot, k, v):
     return *(jax.lax.dynamic_index_in_dim(z, layer, keepdims=False) for z in kv), kv
 
 
-def _linear(config, dtype, name, shape, axes, inputs=1):
-    return Linear(shape, axes, dtype, inputs, name in config.biased, name=name)
+def _linear(module, name, shape, axes, inputs=1):
+    """The product `name` of a module that has config, dtype and lora."""
+    adapted = module.lora is not None and module.lora.adapts(f"{module.name}/{name}")
+    lora = module.lora if adapted else None
+    return Linear(shape, axes, module.dtype, inputs, name in module.config.biased, lora, name=name)
 
 
 def _joined(stacks):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.decoder import REMAT, Cache, Decoder
+from jaxpost.models.lora import Lora, joined
 from jaxpost.ops.attention import Places
 from jaxpost.ops.logprobs import Head, TokenStats, row_logps
 from jaxpost.types import Array, Batch, Rows
@@ -25,6 +26,7 @@ class Policy:
     config: ModelConfig
     compute_dtype: str = "float32"
     remat: str = "none"  # none | full | dots | dots_no_batch: how much the backward pass computes again
+    lora: Lora | None = None  # adapters, whose leaves are then part of the parameters
     unroll: bool | None = None  # layers as straight code; None = where the default backend is a CPU
 
     def __post_init__(self):
@@ -33,7 +35,7 @@ class Policy:
 
     def _decoder(self) -> Decoder:
         unroll = jax.default_backend() == "cpu" if self.unroll is None else self.unroll
-        return Decoder(self.config, self.compute_dtype, self.remat, unroll)
+        return Decoder(self.config, self.compute_dtype, self.remat, self.lora, unroll)
 
     def _init(self, key):
         # Parameters do not depend on the number of rows, but the layout of rows does: one that every mesh divides.
@@ -53,22 +55,28 @@ class Policy:
         boxes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(lambda box: box.names, boxes, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
-    def hidden(self, params: Any, rows: Rows) -> tuple[Array, Array | None]:
+    def whole(self, params: Any, frozen: Any) -> Any:
+        """All parameters, out of those that train and those that stay: `frozen["base"]` of an adapted model."""
+        return params if self.lora is None else joined(frozen["base"], params)
+
+    def hidden(self, params: Any, rows: Rows, key: Array | None = None) -> tuple[Array, Array | None]:
         """Hidden states after the final norm, [B, T, D] in `compute_dtype`, and what the routers said.
 
         The second is f32[L, B, T, E], the logits of the layers that are mixtures of experts (ops.experts.balance_loss
-        takes them), or None where there are none.
+        takes them), or None where there are none. key: of the adapters' dropout; None: without.
         """
         places = Places(rows.segments, rows.branches, rows.positions)
-        hidden, _, router = self._decoder().apply({"params": params}, rows.tokens, places)
+        hidden, _, router = self._decoder().apply({"params": params}, rows.tokens, places, key=key)
         return hidden, router
 
-    def token_stats(self, params: Any, batch: Batch, *, chunk: int) -> tuple[TokenStats, Array | None]:
+    def token_stats(
+        self, params: Any, batch: Batch, *, chunk: int, key: Array | None = None
+    ) -> tuple[TokenStats, Array | None]:
         """(TokenStats [B, T] where the rows' weights are not 0, router logits as `hidden` gives them).
 
         All that an objective asks of a model. chunk: positions whose logits are held at once (ops.logprobs).
         """
-        hidden, router = self.hidden(params, batch.rows)
+        hidden, router = self.hidden(params, batch.rows, key)
         return row_logps(hidden, self.head(params), batch.rows, chunk=chunk), router
 
     def head(self, params: Any) -> Head:

@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "router": (),
     "scores": (),
+    "rank": (),
     "vocab": ("tensor",),
     "norm": (),
 }
