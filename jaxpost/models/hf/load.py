@@ -37,19 +37,26 @@ def load_params(path: str, policy: Policy, shardings: Any = None, dtype: str = "
     abstract = policy.abstract()
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-    sizes = sizes_of(policy.config)
+    typed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+    weights = FAMILIES[policy.config.family].weights(policy.config)
     with contextlib.ExitStack() as stack:
         tensors = _open(epath.Path(path), stack)
-        by_path = collections.defaultdict(list)
-        for piece in pieces(FAMILIES[policy.config.family].weights(policy.config), policy.config):
-            by_path[piece.path].append(piece)
-        _check(tensors, by_path, sizes, epath.Path(path), policy.config.tied)
+        sizes = sizes_of(policy.config)
+        return read_parameters(epath.Path(path), tensors, weights, policy.config, sizes, typed, shardings)
 
-        def read(path, leaf, sharding):
-            own = by_path[tuple(key.key for key in path)]
-            return _parameter(own, tensors, leaf.shape, sharding, np.dtype(dtype), sizes)
 
-        return jax.tree_util.tree_map_with_path(read, abstract, shardings)
+def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstract, shardings) -> Any:
+    """A tree like `abstract`, each leaf put together from the open `tensors` that `weights` names."""
+    by_path = collections.defaultdict(list)
+    for piece in pieces(weights, config):
+        by_path[piece.path].append(piece)
+    _check(tensors, by_path, sizes, folder, config.tied)
+
+    def read(path, leaf, sharding):
+        own = by_path[tuple(key.key for key in path)]
+        return _parameter(own, tensors, leaf.shape, sharding, leaf.dtype, sizes)
+
+    return jax.tree_util.tree_map_with_path(read, abstract, shardings)
 
 
 def _parameter(own: list[Piece], tensors, shape, sharding, dtype, sizes):
@@ -91,14 +98,14 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[st
         raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX} (other weight formats are not read)")
     tensors = {}
     for name in names:
-        file = _open_file(folder / name, stack)
+        file = open_file(folder / name, stack)
         tensors |= {tensor: (name, file) for tensor in file.keys()}  # noqa: SIM118 (not a dict)
     return tensors
 
 
-def _open_file(path: epath.Path, stack: contextlib.ExitStack):
+def open_file(path: epath.Path, stack: contextlib.ExitStack):
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file, but {INDEX} names it")
+        raise CheckpointError(f"{path}: no such file, but the files beside it call for it")
     local = str(path)
     if "://" in local:  # safetensors maps files into memory: remote ones are fetched first
         local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}"

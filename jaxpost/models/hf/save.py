@@ -4,7 +4,7 @@ import contextlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxpost.errors import CheckpointError
+from jaxpost.models.config import ModelConfig
 from jaxpost.models.hf.config import FAMILIES, config_files
 from jaxpost.models.hf.load import INDEX, SINGLE
-from jaxpost.models.hf.names import pieces, to_tensor
+from jaxpost.models.hf.names import Weight, pieces, to_tensor
 from jaxpost.models.policy import Policy
 
 
@@ -42,35 +43,20 @@ def export(
     Raises:
       CheckpointError: `path` is a file, or a folder that is not a model (nothing in it is touched), or writing failed.
     """
-    target = epath.Path(path)
-    if target.exists() and not (target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))):
-        raise CheckpointError(f"{target}: exists and is not an exported model; choose another folder")
     dtype = str(np.dtype(dtype or params["embed"]["weight"].dtype))
-    tensors = _tensors(params, policy, dtype)
-    if jax.process_index() != 0:
-        for _ in tensors:  # takes part in gathering them
-            pass
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        _write_weights(folder, tensors, shard_bytes)
-        for name, values in config_files(policy.config, dtype).items():
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-        for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        _replace(folder, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: could not be written ({error}); what was there before is untouched") from None
-    finally:
-        if folder.exists():
-            folder.rmtree()
+    weights = FAMILIES[policy.config.family].weights(policy.config)
+    own = {name: json_bytes(values) for name, values in config_files(policy.config, dtype).items()}
+    tensors = tensors_of(params, weights, policy.config, dtype)
+    write_folder(path, tensors, own | files, marker="config.json", shard_bytes=shard_bytes)
 
 
-def _tensors(params, policy, dtype) -> Iterator[tuple[str, np.ndarray]]:
-    for piece in pieces(FAMILIES[policy.config.family].weights(policy.config), policy.config):
+def json_bytes(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def tensors_of(params: Any, weights: tuple[Weight, ...], config: ModelConfig, dtype: str) -> Iterator:
+    """(name, array) of every tensor that `weights` name, taken off the devices one by one."""
+    for piece in pieces(weights, config):
         value = params
         for key in piece.path:
             value = value[key]
@@ -82,7 +68,44 @@ def _tensors(params, policy, dtype) -> Iterator[tuple[str, np.ndarray]]:
         yield piece.name, to_tensor(piece.weight, value).astype(dtype)
 
 
-def _write_weights(folder, tensors, shard_bytes):
+def write_folder(
+    path: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    files: dict[str, bytes],
+    *,
+    marker: str,
+    single: str = SINGLE,
+    shard_bytes: int = 2 * 1024**3,
+) -> None:
+    """Tensors (in the order they come, never all in memory) and files, as a folder that is there whole or not at all.
+
+    marker: the file that tells such a folder; one that has it is replaced. single: name of the weights if one file is
+    enough. With several hosts all must call; the first writes. Raises CheckpointError as `export`.
+    """
+    target = epath.Path(path)
+    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
+        raise CheckpointError(f"{target}: exists and is not an exported model; choose another folder")
+    if jax.process_index() != 0:
+        for _ in tensors:  # takes part in gathering them
+            pass
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        _write_weights(folder, tensors, single, shard_bytes)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        _replace(folder, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target}: could not be written ({error}); what was there before is untouched") from None
+    finally:
+        if folder.exists():
+            folder.rmtree()
+
+
+def _write_weights(folder, tensors, single, shard_bytes):
     shards, held, size = [], {}, 0
 
     def flush():
@@ -101,7 +124,7 @@ def _write_weights(folder, tensors, shard_bytes):
         total += value.nbytes
     flush()
     if len(shards) == 1:
-        (folder / shards[0][0]).rename(folder / SINGLE)
+        (folder / shards[0][0]).rename(folder / single)
         return
     weight_map = {}
     for i, (part, names) in enumerate(shards):
@@ -109,7 +132,7 @@ def _write_weights(folder, tensors, shard_bytes):
         (folder / part).rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_bytes(json_bytes(index))
 
 
 def _save(tensors, path):
