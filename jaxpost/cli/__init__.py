@@ -9,7 +9,7 @@ import importlib
 import sys
 
 from jaxpost import config, schema
-from jaxpost.errors import ConfigError, UserError
+from jaxpost.errors import CheckpointError, ConfigError, UserError
 
 VERBS = {
     "train": "runs the stage that a config describes",
@@ -17,6 +17,7 @@ VERBS = {
     "data": "names file, line and transform of every document in a step's rows",
     "chat": "talks to a checkpoint",
     "export": "writes a run's weights in Hugging Face layout",
+    "merge": "makes one model of several (linear, slerp, ties, dare)",
 }
 
 
@@ -86,6 +87,16 @@ def parse_config(parser: Parser, arguments: list[str]) -> tuple[config.Config, a
             raise ConfigError(f"{name}: no value; write --config.{name}=VALUE")
         config.override(values, name, text)
     return config.resolve(values), known
+
+
+def new_folder(flag: str, path: str):
+    """The folder that a flag names, to be written. Raises CheckpointError where something stands there."""
+    from etils import epath
+
+    target = epath.Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{flag}: {target} exists and is not an empty folder; give another")
+    return target
 
 
 def key_table() -> str:

@@ -6,6 +6,7 @@ A family is one file here (`llama.py`): how its config.json reads, how it is wri
 from jaxpost.models.hf.config import read_config
 from jaxpost.models.hf.hub import resolve
 from jaxpost.models.hf.load import load_params
+from jaxpost.models.hf.merge import merge
 from jaxpost.models.hf.save import export
 
-__all__ = ["export", "load_params", "read_config", "resolve"]
+__all__ = ["export", "load_params", "merge", "read_config", "resolve"]

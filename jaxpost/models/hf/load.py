@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import functools
+import itertools
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -40,7 +42,7 @@ def load_params(path: str, policy: Policy, shardings: Any = None, dtype: str = "
     typed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
     weights = FAMILIES[policy.config.family].weights(policy.config)
     with contextlib.ExitStack() as stack:
-        tensors = _open(epath.Path(path), stack)
+        tensors = open_tensors(epath.Path(path), weight_files(epath.Path(path), stack), stack)
         sizes = sizes_of(policy.config)
         return read_parameters(epath.Path(path), tensors, weights, policy.config, sizes, typed, shardings)
 
@@ -50,7 +52,7 @@ def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstrac
     by_path = collections.defaultdict(list)
     for piece in pieces(weights, config):
         by_path[piece.path].append(piece)
-    _check(tensors, by_path, sizes, folder, config.tied)
+    check_tensors(tensors, itertools.chain.from_iterable(by_path.values()), sizes, folder, config.tied)
 
     def read(path, leaf, sharding):
         own = by_path[tuple(key.key for key in path)]
@@ -83,8 +85,8 @@ def _parameter(own: list[Piece], tensors, shape, sharding, dtype, sizes):
     return jax.make_array_from_callback(shape, sharding, at)
 
 
-def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[str, Any]]:
-    """{tensor name: (file name, open file)}."""
+def weight_files(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, str]:
+    """{name of a file with weights: local path} of a model; remote files are fetched, until the stack is closed."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; wanted a model in Hugging Face layout")
     if (folder / INDEX).exists():
@@ -96,28 +98,43 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, tuple[st
         names = [SINGLE]
     else:
         raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX} (other weight formats are not read)")
+    return {name: _local(folder / name, stack) for name in names}
+
+
+def open_tensors(folder: epath.Path, files: dict[str, str], stack: contextlib.ExitStack) -> dict[str, tuple[str, Any]]:
+    """{tensor name: (file name, open file)} of a folder's `weight_files`."""
     tensors = {}
-    for name in names:
-        file = open_file(folder / name, stack)
+    for name, local in files.items():
+        file = _open(folder / name, local, stack)
         tensors |= {tensor: (name, file) for tensor in file.keys()}  # noqa: SIM118 (not a dict)
     return tensors
 
 
 def open_file(path: epath.Path, stack: contextlib.ExitStack):
+    return _open(path, _local(path, stack), stack)
+
+
+def _local(path: epath.Path, stack: contextlib.ExitStack) -> str:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file, but the files beside it call for it")
-    local = str(path)
-    if "://" in local:  # safetensors maps files into memory: remote ones are fetched first
-        local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}"
-        path.copy(local)
+    if "://" not in str(path):
+        return str(path)
+    # safetensors maps files into memory: remote ones are fetched first
+    local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}"
+    path.copy(local)
+    return local
+
+
+def _open(path: epath.Path, local: str, stack: contextlib.ExitStack):
     try:
         return stack.enter_context(safe_open(local, framework="np"))
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
-def _check(tensors, by_path, sizes, folder, tied):
-    expected = {piece.name: piece.weight.shape(sizes) for own in by_path.values() for piece in own}
+def check_tensors(tensors, wanted: Iterable[Piece], sizes, folder: epath.Path, tied: bool) -> None:
+    """Raises CheckpointError where the open `tensors` are not those of the pieces, or not of their shapes."""
+    expected = {piece.name: piece.weight.shape(sizes) for piece in wanted}
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{folder}: tensor {name} of shape {list(shape)} is missing")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -82,13 +83,29 @@ def write_folder(
     marker: the file that tells such a folder; one that has it is replaced. single: name of the weights if one file is
     enough. With several hosts all must call; the first writes. Raises CheckpointError as `export`.
     """
-    target = epath.Path(path)
-    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
-        raise CheckpointError(f"{target}: exists and is not an exported model; choose another folder")
+    check_target(epath.Path(path), marker)
     if jax.process_index() != 0:
         for _ in tensors:  # takes part in gathering them
             pass
         return
+    place_folder(epath.Path(path), tensors, files, single=single, shard_bytes=shard_bytes)
+
+
+def check_target(target: epath.Path, marker: str) -> None:
+    """Raises CheckpointError where something stands that is no folder with the file `marker` in it."""
+    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
+        raise CheckpointError(f"{target}: exists and is not an exported model; choose another folder")
+
+
+def place_folder(
+    target: epath.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    files: dict[str, bytes],
+    *,
+    single: str = SINGLE,
+    shard_bytes: int,
+) -> None:
+    """`write_folder` by one process, which asks jax for nothing; in place of whatever stands there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     folder.mkdir()
@@ -141,6 +158,7 @@ def _save(tensors, path):
         remote = "://" in str(path)
         local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}" if remote else str(path)
         save_file(tensors, local, metadata={"format": "pt"})
+        os.chmod(local, os.stat(os.path.dirname(local)).st_mode & 0o666)  # safetensors lets the owner alone read it
         if remote:
             epath.Path(local).copy(path)
 
