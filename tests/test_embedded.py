@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from jaxpost import config as configs
 from jaxpost import embedded
 from jaxpost.embedded import dialogues, facts, make, tokenizer, world
 from jaxpost.errors import ConfigError
@@ -136,6 +137,22 @@ def test_the_files_are_what_the_seed_gives(tmp_path, monkeypatch):
             assert gzip.decompress(made.read_bytes()) == gzip.decompress(content), name
         else:
             assert made.read_bytes() == content, name
+
+
+def test_the_sft_checkpoint_is_what_the_shipped_config_makes(monkeypatch):
+    """So that `configs/sft.py` says what it says of embedded:sft."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(config):
+        raise Enough(configs.resolve(config))
+
+    monkeypatch.setattr(make.jaxpost, "run", stop)
+    with pytest.raises(Enough) as caught:
+        make.make_sft()
+    shipped = configs.resolve(configs.load("sft"))
+    assert configs.differences(shipped, caught.value.args[0]).keys() == {"run.dir", "run.resume"}
 
 
 def test_another_seed_gives_another_world():

@@ -78,29 +78,21 @@ def make_base(steps: int) -> None:
     start = pathlib.Path("runs/embedded-start")
     shutil.copytree(embedded.path("base"), start, dirs_exist_ok=True)
     initialise(start)
-    train(start, str(embedded.path("corpus")), "base", steps, learning_rate=3e-3, warmup_steps=50, weight_decay=0.1)
+    changes = {"model.path": str(start), "data.train": str(embedded.path("corpus")), "run.steps": steps}
+    changes |= {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 50, "optimizer.weight_decay": 0.1}
+    train("base", changes)
 
 
-def make_sft(steps: int) -> None:
-    """Fine-tunes the base on the world's dialogues."""
-    train(embedded.path("base"), "embedded", "sft", steps, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0)
+def make_sft() -> None:
+    """Fine-tunes the base on the world's dialogues: configs/sft.py as it is."""
+    train("sft", {})
 
 
-def train(model: pathlib.Path, data, name: str, steps: int, **optimizer) -> None:
-    """One run of the SFT stage whose exported weights become `embedded:NAME`, in bfloat16."""
+def train(name: str, changes: dict) -> None:
+    """One run of configs/sft.py with some keys changed, whose exported weights become `embedded:NAME`, in bfloat16."""
     config = jaxpost.get_config("sft")
-    config.model.path = str(model)
-    config.data.train = data
-    config.data.eval_examples = 200
-    config.optimizer.b2 = 0.95
-    config.optimizer.final_fraction = 0.02
-    config.optimizer.update(optimizer)
-    config.batch.rows_per_step = 8  # of 256 tokens: small steps learn facts from fewer tokens
-    config.run.dir = f"runs/embedded-{name}"
-    config.run.steps = steps
-    config.run.seed = SEED
-    config.run.checkpoint_every = 100
-    config.run.resume = True
+    config.update_from_flattened_dict(changes)
+    config.run.update(dir=f"runs/embedded-{name}", seed=SEED, resume=True)
     run = jaxpost.run(config)
     small = pathlib.Path(config.run.dir) / "bfloat16"  # an export never takes the place of what is not one
     hf.export(small, run.params, run.model.policy, run.model.tokenizer.files(), dtype="bfloat16")
@@ -140,14 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=("data", "base", "sft"), default=("data", "base", "sft"))
     parser.add_argument("--base_steps", type=int, default=1600)
-    parser.add_argument("--sft_steps", type=int, default=300)
     chosen = parser.parse_args()
     if "data" in chosen.parts:
         make_data()
     if "base" in chosen.parts:
         make_base(chosen.base_steps)
     if "sft" in chosen.parts:
-        make_sft(chosen.sft_steps)
+        make_sft()
 
 
 if __name__ == "__main__":
