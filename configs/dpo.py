@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
 
     config.reference = ConfigDict()
     config.reference.path = None  # None = the initial weights
-    config.reference.mode = "cached"  # cached: computed once, kept on disk | live: computed in every step
+    config.reference.mode = "cached"  # cached: computed once, kept on disk | live: in every step | moving (TR-DPO)
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | adafactor | lion | muon

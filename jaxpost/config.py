@@ -120,7 +120,12 @@ class LossConfig:
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
     path: str | None = key("the reference model, named as model.path; None = the initial weights", None)
-    mode: Literal["cached", "live"] = key("log-probabilities computed once and kept on disk, or each step", "cached")
+    mode: Literal["cached", "live", "moving"] = key(
+        "log-probabilities computed once and kept on disk, or each step; moving: each step, of weights that follow",
+        "cached",
+    )
+    alpha: float = key("moving: reference = alpha * policy + (1 - alpha) * reference; 1 = a copy", 1.0, above=0, high=1)
+    every: int = key("moving: updates between two such steps of the reference (tau of TR-DPO)", 512, low=1)
     cache_dir: str | None = key("folder of the cached log-probabilities; None = the user's cache folder", None)
 
 
@@ -351,8 +356,15 @@ def _contradictions(c: Config):
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
     if c.data.tokenize == "lazy" and (reason := needs_all_documents(c)):
         yield "data.tokenize", f"'lazy' contradicts {reason}; set 'auto' or 'ahead'"
-    if c.reference.mode == "live" and c.reference.cache_dir is not None:
-        yield "reference.cache_dir", "reference.mode='live' keeps nothing on disk; set None"
+    yield from _reference_contradictions(c.reference)
+
+
+def _reference_contradictions(reference: ReferenceConfig):
+    if reference.mode != "cached" and reference.cache_dir is not None:
+        yield "reference.cache_dir", f"reference.mode={reference.mode!r} keeps nothing on disk; set None"
+    for name in ("alpha", "every"):
+        if reference.mode != "moving" and getattr(reference, name) != getattr(ReferenceConfig, name):
+            yield f"reference.{name}", f"only a reference that moves has one; reference.mode={reference.mode!r}"
 
 
 def _quality_contradictions(quality: QualityConfig):

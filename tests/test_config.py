@@ -174,6 +174,8 @@ CONTRADICTIONS = [
         "data.tokenize: 'lazy' contradicts a budget of tokens",
     ),
     ({"reference__mode": "live", "reference__cache_dir": "x"}, "reference.cache_dir: reference.mode='live'"),
+    ({"reference__mode": "live", "reference__alpha": 0.5}, "reference.alpha: only a reference that moves has one"),
+    ({"reference__every": 4}, "reference.every: only a reference that moves has one; reference.mode='cached'"),
 ]
 
 

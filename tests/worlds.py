@@ -11,13 +11,13 @@ from jaxpost.models.policy import Policy
 from tests.models.tiny import random_params, tiny_config
 
 
-def write_model(folder: pathlib.Path, **changes) -> pathlib.Path:
+def write_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
     """A random Llama of 60 K parameters with the embedded tokenizer; `changes`: of its config."""
     tokenizer = load_tokenizer(embedded.path("base"))
     values = {"vocab_size": tokenizer.vocab_size, "eos_ids": (tokenizer.eos_id,), "max_positions": 128, "tied": True}
     values |= {"embed_dim": 32, "mlp_dim": 64, "num_layers": 2}
     policy = Policy(tiny_config(**values | changes))
-    hf.export(folder, random_params(policy), policy, tokenizer.files())
+    hf.export(folder, random_params(policy, seed), policy, tokenizer.files())
     return folder
 
 

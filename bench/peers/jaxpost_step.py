@@ -62,9 +62,14 @@ def measure(work: dict, options, chunk: int) -> dict:
         objective = objectives.sft_objective(policy, sft_losses.nll, chunk=chunk)
     else:
         live = options.reference == "live"
+
+        def live_logps(frozen, carry, batch):
+            return objectives.token_logps_of(policy, frozen["reference"], batch, chunk=chunk)
+
         objective = objectives.preference_objective(
-            policy, preference.sigmoid, beta=BETA, chunk=chunk, reference_policy=policy if live else None
-        )
+            policy, preference.sigmoid, beta=BETA, chunk=chunk,
+            reference_logps=live_logps if live else objectives.cached_reference,
+        )  # fmt: skip
         if live:
             frozen = {"reference": jax.tree.map(jnp.copy, params)}
         else:

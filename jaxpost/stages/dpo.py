@@ -8,9 +8,9 @@ from jaxpost.losses import preference
 from jaxpost.train.folder import choose_folder
 from jaxpost.train.loop import fit
 from jaxpost.train.objectives import bind_loss, logits_chunk, preference_objective
-from jaxpost.train.reference import with_reference
+from jaxpost.train.reference import attach_reference
 from jaxpost.train.run import Run
-from jaxpost.train.setup import open_data, open_mesh, open_model, open_reference
+from jaxpost.train.setup import open_data, open_mesh, open_model
 
 
 def run(config) -> Run:
@@ -21,22 +21,18 @@ def run(config) -> Run:
     folder, resume = choose_folder(config)
     mesh = open_mesh(config)
     model = open_model(config, mesh)
-    reference = open_reference(config, model, mesh)
     # 3. Pairs become documents with one prompt and two branches.
     data = open_data(config, model, "preference")
-    # 4. log pi_ref(y | x) of every completion: once, from the cache, or live in every step.
-    live = config.reference.mode == "live"
+    # 4. log pi_ref(y | x) of every completion: from the cache, or in every step of a reference that stays or moves.
     chunk = logits_chunk(mesh)
-    if not live:
-        data = with_reference(data, config, mesh, reference, chunk)
-    frozen = {"reference": reference.load()} if live else None
+    data, reference = attach_reference(config, model, mesh, data, chunk)
     # 5. Minimise -log sigma(beta * (log-ratio of the chosen - log-ratio of the rejected)), or a relative of it.
     objective = preference_objective(
         model.policy,
         loss,
         beta=config.loss.hyperparameters.get("beta", 1.0),
         chunk=chunk,
-        reference_policy=reference.policy if live else None,
+        reference_logps=reference.logps,
     )
     return fit(
         config,
@@ -47,5 +43,6 @@ def run(config) -> Run:
         data=data,
         objective=objective,
         load_params=model.load,
-        frozen=frozen,
+        frozen=reference.frozen,
+        carry=reference.carry,
     )

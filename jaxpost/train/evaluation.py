@@ -11,7 +11,7 @@ from jaxpost.sharding import batch_sharding
 from jaxpost.train.run import LoadedModel
 from jaxpost.train.setup import one_pass
 from jaxpost.train.step import make_eval_step, total_loss
-from jaxpost.types import Term
+from jaxpost.types import Term, TrainState
 
 TEXT_PROMPT_TOKENS = 8
 INTERVAL = 1.959964  # standard normal quantile of a 95 % interval
@@ -30,18 +30,17 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates parameters on the evaluation documents, the same ones in the same rows every time."""
+    """Evaluates a TrainState on the evaluation documents, the same ones in the same rows every time."""
 
-    def __init__(self, config, mesh, model, data, objective, frozen, carry):
-        self.config, self.mesh, self.model, self.data = config, mesh, model, data
-        self.frozen, self.carry = frozen, carry
+    def __init__(self, config, mesh, model, data, objective, frozen):
+        self.config, self.mesh, self.model, self.data, self.frozen = config, mesh, model, data, frozen
         self.step = jax.jit(make_eval_step(objective))
         self.in_world = {path for path, _ in config.data.eval or ()} == {"embedded"}
         self.prompts = [prompt_of(data.eval[i]) for i in range(min(config.run.eval_prompts, len(data.eval or ())))]
 
-    def __call__(self, params) -> Evaluation:
-        metrics = self.objective_metrics(params) if self.data.eval is not None else {}
-        new_tokens, now = self.config.run.eval_new_tokens, LoadedModel(self.model, params, self.mesh)
+    def __call__(self, state: TrainState) -> Evaluation:
+        metrics = self.objective_metrics(state) if self.data.eval is not None else {}
+        new_tokens, now = self.config.run.eval_new_tokens, LoadedModel(self.model, state.params, self.mesh)
         if self.in_world and self.config.run.eval_prompts:
 
             def ask(questions):
@@ -52,12 +51,12 @@ class Evaluator:
         texts = [self.model.tokenizer.decode(p.tolist(), skip_special=False) for p in self.prompts]
         return Evaluation(metrics, tuple(zip(texts, completions, strict=True)))
 
-    def objective_metrics(self, params) -> dict[str, float]:
+    def objective_metrics(self, state: TrainState) -> dict[str, float]:
         """Loss and metrics over all evaluation documents; a share of pairs comes with its 95 % interval."""
         terms, metrics = {}, {}
         with jax.set_mesh(self.mesh):
             for batch in self.batches():
-                new_terms, new_metrics = jax.device_get(self.step(params, self.frozen, self.carry, batch))
+                new_terms, new_metrics = jax.device_get(self.step(state.params, self.frozen, state.carry, batch))
                 terms = {
                     n: Term(t.coefficient, t.mean + terms[n].mean if terms else t.mean) for n, t in new_terms.items()
                 }

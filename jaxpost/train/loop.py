@@ -28,7 +28,7 @@ from jaxpost.train.progress import Progress
 from jaxpost.train.report import data_table, end_tables, start_table
 from jaxpost.train.run import Run
 from jaxpost.train.setup import train_loader, with_shardings
-from jaxpost.train.step import make_train_step
+from jaxpost.train.step import Carry, make_train_step
 from jaxpost.types import TrainState
 
 log = logging.getLogger("jaxpost")
@@ -39,7 +39,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
 
     Args:
       config: resolved. folder: the run folder, and whether to go on from its newest checkpoint (`resume`).
-      objective: see train/step.py. frozen: what it reads besides the parameters. carry: what it remembers.
+      objective: see train/step.py. frozen: what it reads besides the parameters. carry: the `Carry` it remembers.
       load_params: () -> initial weights in their shards; not called on resume.
 
     Raises:
@@ -49,14 +49,16 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
     loader = train_loader(config, data)
     total = run.steps or loader.total_steps(run.epochs)
     optimizer = make_optimizer(config.optimizer, total, model.abstract, model.policy.axes())
-    evaluator = Evaluator(config, mesh, model, data, objective, frozen, carry)
+    evaluator = Evaluator(config, mesh, model, data, objective, frozen)
+    carry = carry or Carry(None, lambda: None, None)
 
-    def init(params):
+    def init(params, carry):
         return TrainState(jnp.int32(0), params, optimizer.transform.init(params), jax.random.key(run.seed), carry)
 
-    abstract, shardings = state_layout(init, model, mesh)
+    abstract, shardings = state_layout(init, model, mesh, carry.abstract)
+    observe = observer(optimizer.schedule)
     step_fn = jax.jit(
-        make_train_step(objective, optimizer.transform, batch.accumulate, observe=observer(optimizer.schedule)),
+        make_train_step(objective, optimizer.transform, batch.accumulate, observe=observe, advance=carry.advance),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
@@ -69,7 +71,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         if resume and start is None:
             log.warning("run.resume: no checkpoint in %s yet; starting afresh", folder)
         if start is None:
-            state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(load_params())
+            state = jax.jit(init, donate_argnums=(0, 1), out_shardings=shardings)(load_params(), carry.load())
         else:
             state, extra = checkpoints.restore(with_shardings(abstract, shardings))
             loader = train_loader(config, data, extra.get("plan"))
@@ -85,7 +87,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         before = first_evaluation(folder, evaluator, state, metrics, start)
         loop = Loop(config, folder, loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh)
         state, finished = loop.run(state, start, total, extra)
-        after = loop.evaluation or evaluator(state.params)
+        after = loop.evaluation or evaluator(state)
         end_tables(before, after)
         data_table(data, loop)
         result = Run(
@@ -96,7 +98,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
             state=state,
             rows=metrics.read(),
             finished=finished,
-            evaluate=lambda: evaluator(state.params).metrics,
+            evaluate=lambda: evaluator(state).metrics,
         )
         if run.export and finished:
             result.export(folder / "export")
@@ -104,13 +106,14 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
     return result
 
 
-def state_layout(init, model, mesh):
-    """(abstract TrainState, its shardings): parameters and moments where the rules say, the rest on every device."""
-    abstract = jax.eval_shape(init, model.abstract)
+def state_layout(init, model, mesh, carry):
+    """(abstract TrainState, its shardings): parameters and moments where the rules say, the carry where it says."""
+    abstract = jax.eval_shape(init, model.abstract, carry)
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: everywhere, abstract)
     moments = shardings_like(model.shardings, abstract.opt_state, mesh, model.abstract)
-    return abstract, dataclasses.replace(shardings, params=model.shardings, opt_state=moments)
+    carried = jax.tree.map(lambda leaf: leaf.sharding, carry)
+    return abstract, dataclasses.replace(shardings, params=model.shardings, opt_state=moments, carry=carried)
 
 
 def observer(schedule):
@@ -133,7 +136,7 @@ def first_evaluation(folder, evaluator, state, metrics, start: int) -> Evaluatio
     if start and path.exists():
         saved = json.loads(path.read_text())
         return Evaluation(saved["metrics"], tuple(map(tuple, saved["samples"])))
-    found = evaluator(state.params)
+    found = evaluator(state)
     write_atomically(path, json.dumps(dataclasses.asdict(found)))
     if found.metrics:
         metrics.write({"step": start, **found.rows()})
@@ -223,7 +226,7 @@ class Loop:
         return waited / seconds
 
     def evaluate(self, state, step: int):
-        self.evaluation = self.evaluator(state.params)
+        self.evaluation = self.evaluator(state)
         if self.evaluation.metrics:
             self.metrics.write({"step": step, **self.evaluation.rows()})
 

@@ -54,22 +54,22 @@ def sft_objective(policy, loss, *, chunk: int):
     return objective
 
 
-def preference_objective(policy, loss, *, beta: float, chunk: int, reference_policy=None):
+def cached_reference(frozen, carry, batch: Batch):
+    """f32[B, T]: reference log-probabilities that come with the batch."""
+    return batch.token["reference_logps"]
+
+
+def preference_objective(policy, loss, *, beta: float, chunk: int, reference_logps=cached_reference):
     """Mean over pairs of `loss(policy, reference)` (`losses.preference`, hyperparameters bound).
 
-    Reference log-probabilities come with the batch (`batch.token["reference_logps"]`, cached), or, where
-    `reference_policy` is given, from `frozen["reference"]` in this step. `beta` is for the logged rewards.
+    reference_logps: as `Reference.logps` (train/reference.py). beta: for the logged rewards.
     """
 
     def objective(params, frozen, carry, batch: Batch, key):
         mask = batch.completion["mask"]
         stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
-        if reference_policy is None:
-            reference_logps = batch.token["reference_logps"]
-        else:
-            reference_logps = token_logps_of(reference_policy, frozen["reference"], batch, chunk=chunk)
         policy_pairs = pairs(stats.logps, batch)
-        reference_pairs = pairs(jax.lax.stop_gradient(reference_logps), batch)
+        reference_pairs = pairs(jax.lax.stop_gradient(reference_logps(frozen, carry, batch)), batch)
         valid = (mask[..., CHOSEN] * mask[..., REJECTED]).reshape(-1)
         term = Mean((loss(policy_pairs, reference_pairs) * valid).sum(), valid.sum())
         rewards = implicit_rewards(policy_pairs, reference_pairs, beta=beta)

@@ -5,6 +5,8 @@ The loss is the sum over terms of coefficient * total / weight.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,27 @@ from jaxpost.train.optimizer import apply_updates
 from jaxpost.types import Batch, Mean, TrainState
 
 
-def make_train_step(objective, optimizer: optax.GradientTransformation, accumulate: int = 1, *, observe=None):
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What a method remembers between steps (`TrainState.carry`): how it begins, and what a step makes of it.
+
+    abstract: a tree of ShapeDtypeStructs with shardings. load: () -> its first values, in their shards.
+    advance: (carry, parameters after the update, {name: Mean} of the step, updates done) -> carry. Not of a step
+      that was skipped.
+    """
+
+    abstract: Any
+    load: Callable[[], Any]
+    advance: Callable[[Any, Any, dict[str, Mean], Any], Any]
+
+
+def make_train_step(
+    objective, optimizer: optax.GradientTransformation, accumulate: int = 1, *, observe=None, advance=None
+):
     """`(state, frozen, batch) -> (state, {name: Mean})`, to be jit-compiled at the edge with the state donated.
 
     observe: (optimizer state before, after) -> {name: scalar}, logged with the metrics.
+    advance: as in `Carry`, for an optimizer of `make_optimizer`; None leaves the carry as it is.
 
     The batch is cut into `accumulate` microbatches. Weights of terms depend on the batch alone; they are summed over
     the whole step before the backward pass, so the gradient is that of the whole batch, whatever `accumulate` is.
@@ -42,8 +61,12 @@ def make_train_step(objective, optimizer: optax.GradientTransformation, accumula
         metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))  # microbatch shares add up to the loss
         for name, value in observe(state.opt_state, opt_state).items() if observe else ():
             metrics[name] = Mean(value, jnp.float32(1))
-        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-        return new, metrics
+        carry = state.carry
+        if advance is not None:
+            applied = opt_state.applied > state.opt_state.applied
+            carry = advance(carry, params, metrics, opt_state.applied)
+            carry = jax.tree.map(lambda after, before: jnp.where(applied, after, before), carry, state.carry)
+        return TrainState(state.step + 1, params, opt_state, state.key, carry), metrics
 
     return step
 

@@ -13,7 +13,7 @@ from jaxpost.data.rows import build_batch
 from jaxpost.losses import preference, sft
 from jaxpost.models.policy import Policy
 from jaxpost.sharding import batch_sharding, make_mesh, named_shardings
-from jaxpost.train.objectives import preference_objective, sft_objective
+from jaxpost.train.objectives import preference_objective, sft_objective, token_logps_of
 from jaxpost.train.step import _microbatches, make_train_step
 from jaxpost.types import Document, Origin, TrainState
 from tests.models.tiny import linear_rows, random_params, tiny_config
@@ -174,7 +174,11 @@ def test_accumulate_must_divide_the_rows(policy, params, pair_batch):
 def test_first_dpo_loss_is_ln_2(policy, params, pair_batch):
     """With the policy as its own reference, live or cached."""
     live = lambda policy: preference_objective(  # noqa: E731
-        policy, functools.partial(preference.sigmoid, beta=0.3), beta=0.3, chunk=64, reference_policy=policy
+        policy,
+        functools.partial(preference.sigmoid, beta=0.3),
+        beta=0.3,
+        chunk=64,
+        reference_logps=lambda frozen, carry, batch: token_logps_of(policy, frozen["reference"], batch, chunk=64),
     )
     optimizer = optax.sgd(0.0)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0), None)
