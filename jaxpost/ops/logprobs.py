@@ -10,6 +10,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpost.ops.chunks import (
+    add_gradients,
+    finished_gradients,
+    permute,
+    plan,
+    products,
+    put,
+    restore,
+    take,
+    zero_gradients,
+)
 from jaxpost.types import Array, Rows, record
 
 
@@ -62,7 +73,7 @@ def logit_stats(logits: Array, rows: Rows, *, temperature: float = 1.0) -> Token
 
 def logits(hidden: Array, head: Head) -> Array:
     """f32[N, V] of hidden [N, D]: for the few positions that a sampler needs, never for a batch of rows."""
-    return _scores((0, 1.0, head.scale, head.soft_cap), hidden, head.weight.astype(hidden.dtype), head.bias)[1]
+    return products(hidden, head.weight.astype(hidden.dtype), head.bias, head.scale, head.soft_cap)[1]
 
 
 def token_logps(
@@ -101,14 +112,14 @@ def _chunked(static, hidden, weight, bias, targets, scored):
 
 def _forward(static, hidden, weight, bias, targets, scored):
     width = static[0]
-    order, chunks = _plan(scored, width)
+    order, count = plan(scored, width)
     # Zeros where not asked for: a chunk may hold such positions of a shorter row.
-    sorted_hidden = _permute(jnp.where(scored[..., None], hidden, 0), order, width)
-    sorted_targets = _permute(targets, order, width)
+    sorted_hidden = permute(jnp.where(scored[..., None], hidden, 0), order, width)
+    sorted_targets = permute(targets, order, width)
     table = weight.astype(hidden.dtype)
 
     def body(i, outputs):
-        h, y = _slice(sorted_hidden, i, width), _slice(sorted_targets, i, width)
+        h, y = take(sorted_hidden, i, width), take(sorted_targets, i, width)
         raw, z, _ = _scores(static, h, table, bias)
         top = z.max(-1)
         shifted = z - top[:, None]
@@ -124,91 +135,42 @@ def _forward(static, hidden, weight, bias, targets, scored):
             (pick(raw) >= raw.max(-1)).astype(jnp.float32),  # before the division, whose rounding differs by fusion
             top + lse,
         )
-        return tuple(_put(out, values, i, width) for out, values in zip(outputs, new, strict=True))
+        return tuple(put(out, values, i, width) for out, values in zip(outputs, new, strict=True))
 
     zeros = tuple(jnp.zeros(sorted_targets.shape, jnp.float32) for _ in range(6))
-    *sorted_stats, log_normaliser = jax.lax.fori_loop(0, chunks, body, zeros)
-    inverse = jnp.argsort(order, axis=1)
-    stats = tuple(
-        jnp.where(scored, jnp.take_along_axis(s[:, : scored.shape[1]], inverse, axis=1), 0) for s in sorted_stats
-    )
+    *sorted_stats, log_normaliser = jax.lax.fori_loop(0, count, body, zeros)
+    stats = tuple(jnp.where(scored, restore(s, order), 0) for s in sorted_stats)
     sorted_entropy = sorted_stats[1]
-    return stats, (sorted_hidden, weight, bias, sorted_targets, scored, order, chunks, log_normaliser, sorted_entropy)
+    return stats, (sorted_hidden, weight, bias, sorted_targets, scored, order, count, log_normaliser, sorted_entropy)
 
 
 def _backward(static, residuals, cotangents):
-    sorted_hidden, weight, bias, sorted_targets, scored, order, chunks, log_normaliser, entropy = residuals
-    width, temperature, scale, soft_cap = static
+    sorted_hidden, weight, bias, sorted_targets, scored, order, count, log_normaliser, entropy = residuals
+    width, temperature, scale, _ = static
     table = weight.astype(sorted_hidden.dtype)
-    d_logps, d_entropy = (_permute(jnp.where(scored, c, 0), order, width) for c in cotangents[:2])
+    d_logps, d_entropy = (permute(jnp.where(scored, c, 0), order, width) for c in cotangents[:2])
 
     def body(i, grads):
-        d_hidden, d_weight, d_bias = grads
         h, y, c, d, lse, ent = (
-            _slice(x, i, width)[:, None] if x.ndim == 2 else _slice(x, i, width)
+            take(x, i, width)[:, None] if x.ndim == 2 else take(x, i, width)
             for x in (sorted_hidden, sorted_targets, d_logps, d_entropy, log_normaliser, entropy)
         )
         _, z, capped = _scores(static, h, table, bias)
         logp = z - lse
         hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == y
         dz = jnp.where(hit, c, 0) - jnp.exp(logp) * (c + d * (logp + ent))
-        if soft_cap is not None:
-            dz = dz * (1 - capped * capped)  # capped = tanh(logit / soft_cap)
-        dz = (dz * (scale / temperature)).astype(table.dtype)
-        d_weight = d_weight + jnp.einsum("nv,nd->vd", dz, h, preferred_element_type=jnp.float32)
-        d_h = jnp.einsum("nv,vd->nd", dz, table, preferred_element_type=jnp.float32).astype(table.dtype)
-        if bias is not None:
-            d_bias = d_bias + dz.astype(jnp.float32).sum(0)
-        return _put(d_hidden, d_h, i, width), d_weight, d_bias
+        return add_gradients(grads, i, width, dz, capped, h, table, scale / temperature)
 
-    start = (
-        jnp.zeros_like(sorted_hidden),
-        jnp.zeros(weight.shape, jnp.float32),
-        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
-    )
-    d_hidden, d_weight, d_bias = jax.lax.fori_loop(0, chunks, body, start)
-    inverse = jnp.argsort(order, axis=1)
-    d_hidden = jnp.take_along_axis(d_hidden[:, : scored.shape[1]], inverse[..., None], axis=1)
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_hidden, d_weight.astype(weight.dtype), d_bias, None, None
+    start = zero_gradients(sorted_hidden, weight, bias)
+    grads = jax.lax.fori_loop(0, count, body, start)
+    return *finished_gradients(grads, order, weight, bias), None, None
 
 
 _chunked.defvjp(_forward, _backward)
 
 
-def _plan(scored, width):
-    """Order that puts the scored positions of each row first, and how many chunks hold any."""
-    order = jnp.argsort(~scored, axis=1, stable=True)
-    longest = scored.sum(1).max()
-    return order, (longest + width - 1) // width
-
-
-def _permute(x, order, width):
-    """x [B, T, ...] in sorted order, padded along T to a multiple of width."""
-    index = order if x.ndim == 2 else order[..., None]
-    x = jnp.take_along_axis(x, index, axis=1)
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _slice(x, i, width):
-    """Chunk i of x [B, T, ...], flat: [B * width, ...]: XLA on CPU transposes operands of three dimensions."""
-    chunk = jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1)
-    return chunk.reshape(-1, *x.shape[2:])
-
-
-def _put(x, chunk, i, width):
-    """x [B, T, ...] with its chunk i replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(x, chunk.reshape(x.shape[0], width, *x.shape[2:]), i * width, axis=1)
-
-
 def _scores(static, h, table, bias):
-    """f32[N, V] thrice: products of the head, logits over temperature, tanh(logit / soft_cap) (None without a cap)."""
+    """As `products`, the logits over temperature."""
     _, temperature, scale, soft_cap = static
-    raw = jnp.einsum("nd,vd->nv", h, table, preferred_element_type=jnp.float32)
-    if bias is not None:
-        raw = raw + bias.astype(jnp.float32)[None]
-    z, capped = raw * scale, None
-    if soft_cap is not None:
-        capped = jnp.tanh(z / soft_cap)
-        z = capped * soft_cap
+    raw, z, capped = products(h, table, bias, scale, soft_cap)
     return raw, z / temperature, capped
