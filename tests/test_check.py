@@ -245,6 +245,7 @@ def test_what_the_quality_settings_leave_out_is_told_and_written(arguments, tmp_
         {"path": data, "line": 4, "reason": "answer_length", "words": 120},
     ]
     assert cli.main(["train", *flags, "--config.run.eval_prompts=0"]) == 0
+    assert (tmp_path / "run/lengths.png").read_bytes().startswith(b"\x89PNG")
     for folder in ("out", "run"):
         lines = (tmp_path / folder / "data_removed.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == expected
@@ -253,7 +254,11 @@ def test_what_the_quality_settings_leave_out_is_told_and_written(arguments, tmp_
 def test_the_picture_names_the_extra_it_needs(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["check", *arguments([TALK], {}), f"--out={tmp_path}"]) == 2
-    assert capsys.readouterr().err == "error: --out: the picture needs matplotlib: pip install 'jaxpost[plot]'\n"
+    line = "error: a picture of the lengths needs matplotlib: pip install 'jaxpost[plot]'\n"
+    assert capsys.readouterr().err == line
+    assert cli.main(["train", *arguments([TALK], {}), "--config.run.eval_prompts=0"]) == 0  # a run goes on without
+    assert "not drawn: pip install 'jaxpost[plot]'" in capsys.readouterr().out
+    assert not (tmp_path / "run/lengths.png").exists()
 
 
 def test_a_run_that_allows_a_fault_says_so_and_keeps_it_in_its_config(tmp_path, caplog):

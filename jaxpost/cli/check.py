@@ -10,13 +10,12 @@ from jaxpost import cli
 from jaxpost.errors import ConfigError
 
 KIND = {"sft": "sft", "dpo": "preference"}  # the kind of documents that a stage trains on
-PICTURE = "lengths.png"
 
 
 def run(arguments: list[str]) -> None:
     parser = cli.config_parser("check")
     parser.add_argument("--examples", type=_count, default=3, metavar="N", help="examples printed token by token (3)")
-    parser.add_argument("--out", metavar="DIR", help=f"folder for {PICTURE} and what data.quality leaves out")
+    parser.add_argument("--out", metavar="DIR", help="folder for lengths.png and what data.quality leaves out")
     parser.add_argument("--kind", help="kind of data, for one that no stage trains on yet (ranking, unpaired, prompt)")
     strict = "false: what is refused is only told, as if data.allow named all of it"
     parser.add_argument("--strict", choices=("true", "false"), default="true", help=strict)
@@ -44,6 +43,7 @@ def report(config, model, data, repeated, console: Console, flags) -> None:
     """Examples, a packed row, and what the documents measure. repeated: duplicates, held-out examples among them."""
     from jaxpost.data import preflight, quality
     from jaxpost.data.loader import Loader, row_statistics
+    from jaxpost.train.report import draw_lengths
 
     batch = config.batch
     shape = {name: getattr(batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
@@ -71,7 +71,8 @@ def report(config, model, data, repeated, console: Console, flags) -> None:
     table.add_row("duplicates", f"{len(repeated):,}" + (f" ({places}{more})" if places else ""))
     console.print(table)
     if flags.out is not None:
-        write_picture(config, model, lengths, flags.out, console)
+        path = draw_lengths(config, model, lengths, flags.out)
+        console.print(f"lengths drawn in {path}", highlight=False, markup=False, soft_wrap=True)
     if flags.out is not None and config.data.quality.on:
         path = os.path.join(flags.out, quality.NAME)
         quality.write(data.removed, path)
@@ -81,20 +82,6 @@ def report(config, model, data, repeated, console: Console, flags) -> None:
 def short(origin) -> str:
     """File and line without the folder."""
     return str(origin).rpartition("/")[2]
-
-
-def write_picture(config, model, lengths, folder: str, console: Console) -> None:
-    from etils import epath
-
-    from jaxpost.data.preflight.plot import write_histograms
-
-    path = epath.Path(folder) / PICTURE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    most = config.data.max_tokens or model.policy.config.max_positions
-    limits = {"data.max_tokens": most, "batch.tokens_per_row": config.batch.tokens_per_row}
-    title = ", ".join(short(path) for path, _ in config.data.train)
-    write_histograms(lengths, path, title, limits)
-    console.print(f"lengths drawn in {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _count(text: str) -> int:

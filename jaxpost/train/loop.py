@@ -83,7 +83,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
         metrics.cut(start or -1)  # afresh: the evaluation before training is made again
-        start_table(config, mesh, model, data, abstract, loader, total, start)
+        start_table(config, folder, mesh, model, data, abstract, loader, total, start)
         before = first_evaluation(folder, evaluator, state, metrics, start)
         loop = Loop(config, folder, loader, step_fn, evaluator, checkpoints, metrics, frozen, mesh)
         state, finished = loop.run(state, start, total, extra)

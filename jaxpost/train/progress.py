@@ -77,11 +77,11 @@ def track(steps: Sequence, title: str, console: Console | None = None) -> Iterab
 
 def print_table(title: str, rows: Sequence[tuple[str, object]], console: Console | None = None) -> None:
     """Name and value in two columns; whole numbers get thousands separators."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=_plain(title), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in rows:
-        table.add_row(name, f"{value:,}" if type(value) is int else str(value))
+        table.add_row(name, _plain(f"{value:,}" if type(value) is int else str(value)))
     _show(table, console)
 
 
@@ -98,7 +98,7 @@ def print_before_after(
 
 
 def _plain(text: str):
-    from rich.text import Text  # not markup: a completion may well contain [brackets]
+    from rich.text import Text  # not markup: a path or a completion may well contain [brackets]
 
     return Text(text)
 

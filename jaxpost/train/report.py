@@ -2,14 +2,20 @@
 
 import jax
 import numpy as np
+from etils import epath
 
 from jaxpost.data.loader import row_statistics
+from jaxpost.data.preflight.measure import Lengths, measure
+from jaxpost.data.preflight.plot import write_histograms
+from jaxpost.errors import UserError
 from jaxpost.train.progress import print_before_after, print_table
 
 GIB = 2**30
+PICTURE = "lengths.png"
+MOST_DRAWN = 1000  # documents of a run, at even distances; `jaxpost check` draws all
 
 
-def start_table(config, mesh, model, data, abstract, loader, total: int, start: int) -> None:
+def start_table(config, folder, mesh, model, data, abstract, loader, total: int, start: int) -> None:
     """One table of derived quantities: nothing here is set by a key, all of it follows from them."""
     print_table("data", data.report.rows())
     batch, statistics = config.batch, row_statistics(loader)
@@ -25,10 +31,33 @@ def start_table(config, mesh, model, data, abstract, loader, total: int, start: 
         ("token places a step", batch.rows_per_step * batch.tokens_per_row),
         ("padding", f"{100 * statistics['padding_share']:.1f} %"),
         ("documents a row", f"{statistics['documents_per_row']:.1f}"),
+        lengths_row(config, model, data.train, folder),
     ]
     if data.branches:
         rows.append(("prompt tokens saved by sharing", f"{100 * statistics['prompt_share_saved']:.1f} %"))
     print_table(f"{config.stage}: {config.model.path}", rows)
+
+
+def draw_lengths(config, model, lengths: Lengths, folder, note: str = "") -> epath.Path:
+    """The histograms of the lengths beside the limits of the config, in the folder. Raises UserError."""
+    path = epath.Path(folder) / PICTURE
+    most = config.data.max_tokens or model.policy.config.max_positions
+    limits = {"data.max_tokens": most, "batch.tokens_per_row": config.batch.tokens_per_row}
+    title = ", ".join(location.rpartition("/")[2] for location, _ in config.data.train)
+    write_histograms(lengths, path, title + note, limits)
+    return path
+
+
+def lengths_row(config, model, documents, folder) -> tuple[str, str]:
+    """A row of the start table: the picture of the lengths of some documents, or what it needs."""
+    sample = documents.sample(MOST_DRAWN) if jax.process_index() == 0 else []
+    if not sample:
+        return "lengths", "not drawn"
+    try:
+        note = f" ({len(sample):,} documents looked at)"
+        return "lengths", draw_lengths(config, model, measure(sample), folder, note).name
+    except UserError:
+        return "lengths", "not drawn: pip install 'jaxpost[plot]'"
 
 
 def state_bytes(abstract) -> int:

@@ -13,11 +13,14 @@ BINS = 60
 
 
 def write_histograms(lengths: Lengths, path, title: str, limits: Mapping[str, int]) -> None:
-    """One histogram a series of `lengths` as a PNG, with the limits (name: tokens) as lines. Raises UserError."""
+    """One histogram a series of `lengths` as a PNG, with the limits (name: tokens) as lines.
+
+    Raises UserError where matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no state
     except ImportError:
-        raise UserError("--out: the picture needs matplotlib: pip install 'jaxpost[plot]'") from None
+        raise UserError("a picture of the lengths needs matplotlib: pip install 'jaxpost[plot]'") from None
 
     series = {field.name: getattr(lengths, field.name) for field in dataclasses.fields(lengths)}
     figure = Figure(figsize=(8, 7), layout="constrained")
@@ -33,7 +36,8 @@ def write_histograms(lengths: Lengths, path, title: str, limits: Mapping[str, in
             if tokens <= 2 * longest:  # a limit far away would squeeze what is to be seen
                 axes.axvline(tokens, color=color, linewidth=1, label=f"{limit} {tokens:,}")
         axes.set_ylabel(f"{name}: sequences")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper right")  # "best" looks for a place, and warns where that takes long
     axes.set_xlabel("tokens")
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with epath.Path(path).open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
