@@ -45,5 +45,5 @@ def load(path, *, template: str | None = None) -> LoadedModel:
     values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
     config = configs.resolve(values | {"tokenizer": {"template": template}})
     mesh = make_mesh()
-    model = open_model(config, mesh)
+    model = open_model(config, mesh, any_head=True)
     return LoadedModel(model, model.load(), mesh)

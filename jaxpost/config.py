@@ -39,6 +39,7 @@ class ModelConfig:
     path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
     adapter: str | None = key("dotted path to a function of model.path that returns a models.adapter.Adapter", None)
     balance_loss: float | None = key("weight of the experts' load-balancing loss; None = config.json's", None, low=0)
+    score_heads: int | None = key("reward: scalar heads on one trunk; None = 1, or those of model.path", None, low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,18 @@ class ReferenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    margin: float = key(
+        "bradley_terry: margin for each point by which the data score the chosen one higher", 0.0, low=0
+    )
+    bootstrap: bool = key("several heads: each learns from its own half of the examples, weighted twice", True)
+    init_std: float | None = key(
+        "standard deviation of fresh heads in units of 1/sqrt(D + 1); None = 0 for one head, 1 for several", None, low=0
+    )
+    normalize_on: Sources | None = key("data whose scores get mean 0 and spread 1; None = what is evaluated on", None)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "adafactor", "lion", "muon"] = key("muon: on matrices, adamw on the rest", "adamw")
     learning_rate: float = key("peak, per step", 1e-4, above=0)
@@ -152,6 +165,7 @@ class BatchConfig:
     tokens_per_row: int = key("tokens of a packed row", 1024, low=2)
     accumulate: int = key("microbatches a step is cut into; divides rows_per_step", 1, low=1)
     documents_per_row: int = key("most documents (conversations, pairs) packed into a row", 32, low=1)
+    completions: int | None = key("reward: most completions of a ranking; None = as the data have", None, low=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +183,11 @@ class RunConfig:
     epochs: int | None = key("passes over data.train; this or run.steps", None, low=1)
     seed: int = key("of the data order, the held-out draw and every random draw", 0, low=0, high=2**31 - 1)
     eval_every: int = key("steps between evaluations; 0 = only at the end", 0, low=0)
-    eval_prompts: int = key("held-out prompts completed before and after training; 0 = none", 3, low=0)
+    eval_prompts: int = key(
+        "held-out prompts completed (reward: whose completions are scored) before and after training; 0 = none",
+        3,
+        low=0,
+    )
     eval_new_tokens: int = key("most tokens of such a completion", 64, low=1)
     checkpoint_every: int = key("steps between checkpoints; 0 = only at the end", 0, low=0)
     keep_last: int = key("newest checkpoints kept", 2, low=1)
@@ -197,12 +215,13 @@ class RematConfig:
 class Config:
     """A resolved configuration. Made by `resolve`, never by hand."""
 
-    stage: Literal["sft", "dpo"] = key("the method")
+    stage: Literal["sft", "dpo", "reward"] = key("the method")
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
     loss: LossConfig
     reference: ReferenceConfig
+    reward: RewardConfig
     optimizer: OptimizerConfig
     batch: BatchConfig
     mesh: MeshConfig
@@ -211,8 +230,9 @@ class Config:
     remat: RematConfig
 
 
-DEFAULT_LOSS = {"sft": "nll", "dpo": "sigmoid"}
+DEFAULT_LOSS = {"sft": "nll", "dpo": "sigmoid", "reward": "bradley_terry"}
 STAGES_WITH_REFERENCE = ("dpo",)
+STAGES_WITH_SCORES = ("reward",)  # that train scalar heads, not words
 
 
 def resolve(config) -> Config:
@@ -300,6 +320,8 @@ def needs_all_documents(c: Config) -> str | None:
         return f"run.epochs={c.run.epochs}, whose steps are counted first"
     if c.stage in STAGES_WITH_REFERENCE and c.reference.mode == "cached":
         return "reference.mode='cached', which reads all first"
+    if c.stage in STAGES_WITH_SCORES and c.batch.completions is None:
+        return "batch.completions=None, the most that any example has"
     if any(isinstance(amount, dict) for _, amount in c.data.train):
         return "a budget of tokens in data.train"
     return None
@@ -351,6 +373,7 @@ def _contradictions(c: Config):
     for name, value in (("export", False), ("eval_prompts", 0)):
         if c.model.adapter is not None and getattr(run, name):
             yield f"run.{name}", f"{getattr(run, name)}, but a model of model.adapter only trains; set {value}"
+    yield from _score_contradictions(c)
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
         changed = next(k for k in differences(c.reference, ReferenceConfig()))
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
@@ -378,3 +401,17 @@ def _quality_contradictions(quality: QualityConfig):
         limits = getattr(quality, name)
         if limits and limits[0] > limits[1]:
             yield f"data.quality.{name}", f"{limits}: the fewest is more than the most"
+
+
+def _score_contradictions(c: Config):
+    """The part of `_contradictions` about scalar heads."""
+    if c.stage in STAGES_WITH_SCORES:
+        if c.model.adapter is not None:
+            yield "model.adapter", "somebody else's model has no scalar heads; train one of the families that load"
+        return
+    given = {"model.score_heads": c.model.score_heads, "batch.completions": c.batch.completions}
+    for name, value in given.items():
+        if value is not None:
+            yield name, f"{value}, but the stage {c.stage} trains words; set None"
+    if changed := differences(c.reward, RewardConfig()):
+        yield f"reward.{next(iter(changed))}", f"the stage {c.stage} trains words"

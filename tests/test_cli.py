@@ -71,7 +71,7 @@ def test_help_lists_the_verbs_and_every_key(capsys):
     [
         (["trane"], "trane: unknown verb; there are train, check, data, chat, export, merge"),
         (["train"], "--config: missing; give a config file, as in --config=configs/dpo.py"),
-        (["train", "--config=dppo"], "--config: no file dppo, and no config of that name; there are dpo, sft"),
+        (["train", "--config=dppo"], "--config: no file dppo, and no config of that name; there are dpo, reward, sft"),
         (["train", "--config=dpo", "--steps=3"], "--steps=3: unknown argument; keys are set by --config.KEY=VALUE"),
         (["train", "--config=dpo", "--config.run.steps"], "run.steps: no value; write --config.run.steps=VALUE"),
         (["train", "--config=dpo", "--config.run.step=3"], "run.step: unknown key; did you mean run.steps?"),

@@ -9,7 +9,7 @@ from rich.table import Table
 from jaxpost import cli
 from jaxpost.errors import ConfigError
 
-KIND = {"sft": "sft", "dpo": "preference"}  # the kind of documents that a stage trains on
+KIND = {"sft": "sft", "dpo": "preference", "reward": "ranking"}  # the kind of documents that a stage trains on
 
 
 def run(arguments: list[str]) -> None:

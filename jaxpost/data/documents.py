@@ -74,6 +74,12 @@ class Documents(Sequence):
         return np.repeat(self._example_of, np.diff(self._entry_starts))
 
     @property
+    def most_completions(self) -> int:
+        """Of any document; 0 where there are none."""
+        counts = _joined([np.diff(chunk.first_parts.astype(np.int64)) - 1 for chunk in self._chunks])
+        return int(counts[self._order].max(initial=0))
+
+    @property
     def trained(self) -> int:
         """Tokens with a weight, repetitions counted."""
         return int(_joined([chunk.trained for chunk in self._chunks])[self._order].sum())

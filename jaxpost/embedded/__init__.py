@@ -31,6 +31,8 @@ DATA = {
     ("sft", "eval"): (("instructions_eval", 1.0),),
     ("dpo", "train"): (("preferences", 1.0),),
     ("dpo", "eval"): (("preferences_eval", 1.0),),
+    ("reward", "train"): (("preferences", 1.0),),
+    ("reward", "eval"): (("preferences_eval", 1.0),),
 }
 
 

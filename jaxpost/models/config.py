@@ -52,6 +52,7 @@ class ModelConfig:
     logit_soft_cap: float | None = None  # the same on the head's logits
     experts: Experts | None = None
     num_scores: int = 0  # R: a head of so many scalars in place of the vocabulary's (reward models); 0 = none
+    score_norm: tuple[tuple[float, float], ...] = ()  # (mean, spread) of each head's scores on a reference set
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None

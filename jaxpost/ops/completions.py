@@ -11,12 +11,23 @@ def completion_sums(values: Array, rows: Rows, documents: int, branches: int) ->
 
     Tokens of branch 0 (prompts) and of empty places belong to no completion.
     """
+    return _by_completion(jax.ops.segment_sum, values, rows, documents, branches)
+
+
+def completion_ends(rows: Rows, documents: int, branches: int) -> Array:
+    """int32[B, M, N]: the place in its row of each completion's last token, 0 where there is no completion."""
+    places = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
+    return jnp.maximum(_by_completion(jax.ops.segment_max, places, rows, documents, branches), 0)
+
+
+def _by_completion(reduce, values: Array, rows: Rows, documents: int, branches: int) -> Array:
+    """values [B, T] reduced over each completion: [B, M, N]."""
     inside = (rows.segments > 0) & (rows.branches > 0)
     index = (rows.segments - 1) * branches + rows.branches - 1
     index = jnp.where(inside, index, documents * branches)  # one past the end: dropped below
 
     def of_row(value, index):
-        return jax.ops.segment_sum(value, index, documents * branches + 1)[:-1]
+        return reduce(value, index, documents * branches + 1)[:-1]
 
-    sums = jax.vmap(of_row)(values, index)
-    return sums.reshape(values.shape[0], documents, branches)
+    found = jax.vmap(of_row)(values, index)
+    return found.reshape(values.shape[0], documents, branches)

@@ -1,5 +1,5 @@
 """One short file a method: a numbered list of calls. `RUN[stage](config)` runs it."""
 
-from jaxpost.stages import dpo, sft
+from jaxpost.stages import dpo, reward, sft
 
-RUN = {"sft": sft.run, "dpo": dpo.run}
+RUN = {"sft": sft.run, "dpo": dpo.run, "reward": reward.run}

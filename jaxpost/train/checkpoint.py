@@ -41,7 +41,7 @@ class Checkpointer:
     def __init__(self, directory, keep_last: int = 2, keep_best: int = 1, read_only: bool = False):
         logging.getLogger("absl").addFilter(_without_orbax)
         self.directory = epath.Path(directory).absolute()
-        self._restored: int | None = None
+        self.restored: int | None = None  # the step that was read last
         self._retention = _LastAndBest(LatestN(keep_last), keep_best)
         options = ocp.CheckpointManagerOptions(
             read_only=read_only,
@@ -148,7 +148,7 @@ class Checkpointer:
                         f"{self.directory / str(candidate)} is damaged and passed over ({reason})", stacklevel=3
                     )
                 continue
-            self._restored = candidate
+            self.restored = candidate
             return found
         raise CheckpointError(f"{self.directory}: step {steps[0]} is damaged ({reason}), and none is left that is not")
 
@@ -181,7 +181,7 @@ class Checkpointer:
         later = [s for s in self.steps() if s >= step]
         if not later:
             return
-        if self._restored is None or self._restored >= step:
+        if self.restored is None or self._restored >= step:
             raise CheckpointError(
                 f"{self.directory}: already holds step {max(later)}, so step {step} of this run cannot be saved; "
                 "resume that run, or choose another run.dir"

@@ -51,6 +51,10 @@ class Evaluator:
         texts = [self.model.tokenizer.decode(p.tolist(), skip_special=False) for p in self.prompts]
         return Evaluation(metrics, tuple(zip(texts, completions, strict=True)))
 
+    def extra(self, params) -> dict:
+        """What a checkpoint of these parameters holds besides; as JSON."""
+        return {}
+
     def objective_metrics(self, state: TrainState) -> dict[str, float]:
         """Loss and metrics over all evaluation documents; a share of pairs comes with its 95 % interval."""
         terms, metrics = {}, {}
@@ -63,8 +67,7 @@ class Evaluator:
                 metrics = {n: m + metrics[n] if metrics else m for n, m in new_metrics.items()}
         found = {"loss": total_loss(terms), **{name: float(mean.value) for name, mean in metrics.items()}}
         if accuracy := metrics.get("rewards/accuracies"):
-            low, high = wilson_interval(float(accuracy.value), float(accuracy.weight))
-            found |= {"rewards/accuracies_low": low, "rewards/accuracies_high": high}
+            found |= with_interval("rewards/accuracies", float(accuracy.value), float(accuracy.weight))
         return found
 
     def batches(self):
@@ -82,6 +85,12 @@ def prompt_of(document) -> np.ndarray:
         return document.prompt
     first = int(np.argmax(document.weights[0] > 0))
     return document.completions[0][: first if first > 1 else TEXT_PROMPT_TOKENS]
+
+
+def with_interval(name: str, share: float, count: float) -> dict[str, float]:
+    """A share of `count` trials under its name, with its 95 % interval."""
+    low, high = wilson_interval(share, count)
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
 def wilson_interval(share: float, count: float) -> tuple[float, float]:

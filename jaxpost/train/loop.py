@@ -1,6 +1,5 @@
 """The loop that every offline stage shares: evaluate, train, checkpoint, evaluate again."""
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -25,22 +24,25 @@ from jaxpost.train.folder import write_atomically, write_config
 from jaxpost.train.metrics import MetricsLog, open_writers
 from jaxpost.train.optimizer import make_optimizer
 from jaxpost.train.progress import Progress
-from jaxpost.train.report import data_table, end_tables, start_table
+from jaxpost.train.report import data_table, end_tables, short_names, start_table
 from jaxpost.train.run import Run
-from jaxpost.train.setup import train_loader, with_shardings
+from jaxpost.train.setup import scored_model, train_loader, with_shardings
 from jaxpost.train.step import Carry, make_train_step
 from jaxpost.types import TrainState
 
 log = logging.getLogger("jaxpost")
 
 
-def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_params, frozen=None, carry=None) -> Run:
+def fit(
+    config, folder, resume: bool, *, mesh, model, data, objective, load_params, frozen=None, carry=None, evaluator=None
+) -> Run:
     """Trains `model` on `data` and returns the Run.
 
     Args:
       config: resolved. folder: the run folder, and whether to go on from its newest checkpoint (`resume`).
       objective: see train/step.py. frozen: what it reads besides the parameters. carry: the `Carry` it remembers.
       load_params: () -> initial weights in their shards; not called on resume.
+      evaluator: None: an Evaluator of the objective.
 
     Raises:
       UserError: `optimizer.max_bad_steps` consecutive steps with a non-finite gradient, or an unusable checkpoint.
@@ -49,7 +51,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
     loader = train_loader(config, data)
     total = run.steps or loader.total_steps(run.epochs)
     optimizer = make_optimizer(config.optimizer, total, model.abstract, model.policy.axes())
-    evaluator = Evaluator(config, mesh, model, data, objective, frozen)
+    evaluator = evaluator or Evaluator(config, mesh, model, data, objective, frozen)
     carry = carry or Carry(None, lambda: None, None)
 
     def init(params, carry):
@@ -91,7 +93,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, load_para
         end_tables(before, after)
         data_table(data, loop)
         result = Run(
-            model=model,
+            model=scored_model(model, loop.extra),
             params=state.params,
             mesh=mesh,
             folder=folder,
@@ -158,6 +160,7 @@ class Loop:
     def run(self, state, start: int, total: int, extra: dict):
         """(state, finished). Stops after the present step, saved, when SIGTERM comes."""
         run, self.tokens, self.clock, pending = self.config.run, extra["num_tokens"], time.perf_counter(), None
+        self.extra = extra
         with (
             stop_signal() as stopped,
             self.loader.iterate(start) as batches,
@@ -231,18 +234,17 @@ class Loop:
             self.metrics.write({"step": step, **self.evaluation.rows()})
 
     def save(self, state, step: int):
-        extra = {"num_tokens": self.tokens, "place": self.loader.place(step - 1)._asdict(), "plan": self.loader.plan()}
+        place, plan = self.loader.place(step - 1)._asdict(), self.loader.plan()
+        self.extra = {"num_tokens": self.tokens, "place": place, "plan": plan, **self.evaluator.extra(state.params)}
         loss = self.evaluation.metrics.get("loss") if self.evaluation else None
-        self.checkpoints.save(step, state, extra, to_dict(self.config), loss)
+        self.checkpoints.save(step, state, self.extra, to_dict(self.config), loss)
 
 
 def epoch_metrics(done: dict[str, float]) -> dict[str, float]:
     """`epoch`, and where there are several sources `data/epoch/NAME` of each: its file's name, or path if ambiguous."""
-    paths = [path for path in done if path]
-    names = {path: path.rstrip("/").rpartition("/")[2] for path in paths}
-    counts = collections.Counter(names.values())
-    found = {f"data/epoch/{name if counts[name] == 1 else path}": done[path] for path, name in names.items()}
-    return {"epoch": done[""], **(found if len(paths) > 1 else {})}
+    names = short_names([path for path in done if path])
+    found = {f"data/epoch/{name}": done[path] for path, name in names.items()}
+    return {"epoch": done[""], **(found if len(names) > 1 else {})}
 
 
 @contextlib.contextmanager

@@ -85,21 +85,22 @@ def token_logps_of(policy, params, batch: Batch, *, chunk: int):
 
 
 def forward(policy, params, batch: Batch, *, chunk: int):
-    """What every objective begins with: (TokenStats of the rows, terms of the model itself, metrics of both).
-
-    The model's own term is the load-balancing loss of its experts, if it has any: a statistic of the microbatch.
-    """
-    rows = batch.rows
+    """What objectives of words begin with: (TokenStats of the rows, terms of the model itself, metrics of both)."""
     stats, router = policy.token_stats(params, batch, chunk=chunk)
-    terms, metrics = {}, token_metrics(stats, rows)
-    if router is not None:
-        experts, mask = policy.config.experts, (rows.segments > 0).astype(jnp.float32)
-        count = mask.sum()
-        balance = balance_loss(router, experts.top_k, mask)
-        terms["router"] = Term(experts.loss_weight, Mean(balance * count, count))
-        busiest = expert_load(router, experts.top_k, mask).max() * (experts.count / experts.top_k)
-        metrics["router/max_load"] = Mean(busiest * count, count)
-    return stats, terms, jax.lax.stop_gradient(metrics)
+    terms, metrics = expert_terms(policy, router, batch.rows)
+    return stats, terms, jax.lax.stop_gradient(token_metrics(stats, batch.rows) | metrics)
+
+
+def expert_terms(policy, router, rows) -> tuple[dict[str, Term], dict[str, Mean]]:
+    """The load-balancing loss of the model's experts and its metrics, if it has any: a statistic of the microbatch."""
+    if router is None:
+        return {}, {}
+    experts, mask = policy.config.experts, (rows.segments > 0).astype(jnp.float32)
+    count = mask.sum()
+    balance = balance_loss(router, experts.top_k, mask)
+    busiest = expert_load(router, experts.top_k, mask).max() * (experts.count / experts.top_k)
+    terms = {"router": Term(experts.loss_weight, Mean(balance * count, count))}
+    return terms, {"router/max_load": Mean(busiest * count, count)}
 
 
 def pairs(logps, batch: Batch) -> PairLogps:

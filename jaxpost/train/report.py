@@ -1,5 +1,8 @@
 """What a run says at its start and at its end: derived quantities, evaluation before and after."""
 
+import collections
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from etils import epath
@@ -84,8 +87,17 @@ def data_table(data, loop) -> None:
     print_table("data", [*(data.report.rows() if data.report.lazy else ()), *rows])
 
 
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """{path: its file's name, or itself where two have the same}."""
+    names = {path: path.rstrip("/").rpartition("/")[2] for path in paths}
+    counts = collections.Counter(names.values())
+    return {path: name if counts[name] == 1 else path for path, name in names.items()}
+
+
 def number(metrics: dict[str, float], name: str) -> str:
-    """A metric's value, with its 95 % interval where there is one."""
+    """A metric's value, with its 95 % interval where there is one; "-" where it has none."""
+    if name not in metrics:
+        return "-"
     text = f"{metrics[name]:.4f}"
     if f"{name}_low" in metrics:
         text += f" [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from jaxpost.data.encode import encode
+from jaxpost.data.formats import Example
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.models import hf
 from jaxpost.models.adapter import Adapter
@@ -16,7 +18,9 @@ from jaxpost.sampling.greedy import greedy
 from jaxpost.sharding import make_mesh
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.folder import is_run, read_config
-from jaxpost.train.setup import Model, open_model
+from jaxpost.train.scores import Scores, score_documents, token_documents
+from jaxpost.train.setup import Model, open_model, scored_model
+from jaxpost.types import Conversation, Origin
 
 
 @dataclasses.dataclass
@@ -42,6 +46,8 @@ class LoadedModel:
         """Greedy continuations of token ids, as text. A prompt that leaves no room loses its beginning."""
         if not prompts:
             return []
+        if getattr(self.model.policy.config, "num_scores", 0):
+            raise ConfigError("the model has scores for a head, not words: it scores completions and gives none")
         if isinstance(self.model.policy, Adapter):
             raise ConfigError("model.adapter: somebody else's model only trains; sample from it by its own means")
         room = self.model.policy.config.max_positions - max_new_tokens
@@ -49,6 +55,26 @@ class LoadedModel:
         with jax.set_mesh(self.mesh):
             found = greedy(self.model.policy, self.params, prompts, max_new_tokens, self.model.tokenizer.stop_ids)
         return [self.model.tokenizer.decode(completion.tokens.tolist()).strip() for completion in found]
+
+    def score(self, prompt: str | list[dict], completions: Sequence[str]) -> Scores:
+        """Scores of answers to a user's words, or to a list of messages that ends with theirs, by a reward model.
+
+        Rendered and tokenised as in training. Raises ConfigError for a model without scores, DataError for an answer
+        that it cannot read.
+        """
+        asked = Conversation(({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt))
+        model, most, documents = self.model, self.model.policy.config.max_positions, []
+        for n, text in enumerate(completions):
+            answer = ({"role": "assistant", "content": text},)
+            example = Example("unpaired", asked, (answer,), Origin("completion", n + 1), "unpaired")
+            settings = {"template": model.template, "tokenizer": model.tokenizer, "max_tokens": most}
+            documents += encode(example, n, **settings, on_long="drop").documents
+        return score_documents(model.policy, self.params, self.mesh, documents)
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> Scores:
+        """Scores of token ids (prompt and completion, whole), each read at its last token."""
+        documents = token_documents(sequences, self.model.policy.config.max_positions)
+        return score_documents(self.model.policy, self.params, self.mesh, documents)
 
     def export(self, path) -> None:
         """Writes the weights in Hugging Face layout, with config, tokenizer and template files."""
@@ -93,4 +119,6 @@ def load_run(folder) -> LoadedModel:
     mesh = make_mesh(**sizes if fits else {})
     model = open_model(config, mesh)
     with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
-        return LoadedModel(model, checkpoints.restore_params(model.sharded), mesh)
+        params = checkpoints.restore_params(model.sharded)
+        extra = checkpoints.extra(checkpoints.restored)
+    return LoadedModel(scored_model(model, extra), params, mesh)

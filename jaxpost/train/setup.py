@@ -1,15 +1,19 @@
 """What every offline stage opens before it trains: mesh, model, tokenizer, data. Each a step of a stage's list."""
 
 import dataclasses
+import functools
 import logging
+import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from jaxpost import embedded
-from jaxpost.config import needs_all_documents
+from jaxpost.config import STAGES_WITH_SCORES, needs_all_documents
 from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.loader import Loader
@@ -40,6 +44,7 @@ class Model:
     template: Template
     abstract: Any  # parameters as ShapeDtypeStructs, in the type they are held in
     shardings: Any
+    fresh_scores: Callable[[], Any] | None = None  # makes the scalar heads that a language model's files do not hold
 
     @property
     def sharded(self):
@@ -50,7 +55,9 @@ class Model:
         """The weights, each shard read by the device that holds it."""
         if isinstance(self.policy, Adapter):
             return self.policy.load(self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
-        return hf.load_params(self.path, self.policy, self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
+        dtype = jax.tree.leaves(self.abstract)[0].dtype
+        scores = self.fresh_scores and self.fresh_scores()
+        return hf.load_params(self.path, self.policy, self.shardings, dtype, scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,31 +115,72 @@ def compute_dtype(name: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def open_model(config, mesh, *, path: str | None = None) -> Model:
+def open_model(config, mesh, *, path: str | None = None, any_head: bool = False) -> Model:
     """The model at `path` (default: model.path), described but not loaded. Raises CheckpointError, DataError.
 
     mesh: None leaves `abstract` and `shardings` None, and asks for no device: enough to read data for it.
+    any_head: not to be trained, so it may have words or scores for a head; else the stage decides.
     """
     folder = epath.Path(hf.resolve(embedded.resolve(path or config.model.path)))
     if config.model.adapter is not None:
         policy = imported("model.adapter", config.model.adapter)(str(folder))
-        _language_model(config, policy.config)
+        _with_experts(config, policy.config)
     else:
         dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
-        policy = Policy(_language_model(config, hf.read_config(folder)), dtype, config.remat.policy)
+        found = _with_experts(config, hf.read_config(folder))
+        policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
     if mesh is None:
         return Model(folder, policy, tokenizer, template, None, None)
     masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
     abstract = jax.tree.map(masters, policy.abstract())
-    return Model(folder, policy, tokenizer, template, abstract, named_shardings(policy.axes(), mesh, abstract))
+    shardings = named_shardings(policy.axes(), mesh, abstract)
+    fresh = None
+    if config.model.adapter is None and policy.config.num_scores != found.num_scores:
+        fresh = functools.partial(fresh_scores, policy.config, config.reward.init_std, config.run.seed)
+    return Model(folder, policy, tokenizer, template, abstract, shardings, fresh)
 
 
-def _language_model(config, model: ModelConfig) -> ModelConfig:
-    """The model as the run wants it. Raises ConfigError where it has no words, or lacks the experts that keys name."""
-    if model.num_scores:
-        raise ConfigError(f"model.path: a model with {model.num_scores} scores for a head; {config.stage} trains words")
+def _with_head(config, model: ModelConfig) -> ModelConfig:
+    """The model with the head that the stage trains: words, or scores. Raises ConfigError."""
+    heads = config.model.score_heads
+    if config.stage not in STAGES_WITH_SCORES:
+        if model.num_scores:
+            has = f"a model with {model.num_scores} scores for a head"
+            raise ConfigError(f"model.path: {has}; {config.stage} trains words")
+        return model
+    if model.num_scores and heads not in (None, model.num_scores):
+        raise ConfigError(
+            f"model.score_heads: {heads}, but model.path has {model.num_scores}; set None to train them on"
+        )
+    return dataclasses.replace(model, num_scores=model.num_scores or heads or 1)
+
+
+def fresh_scores(model: ModelConfig, std: float | None, seed: int) -> jax.Array:
+    """f32[R, D]: normal with deviation std / sqrt(D + 1), each head from a key of its own.
+
+    std: 1 is what Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), detail 11,
+      found in the first RLHF code: scores of about 1. None is 0 for one head: all scores are equal, and a first loss
+      of ln 2 says that every score is read where it should be. It is 1 for several, which must differ where no
+      example reaches.
+    """
+    std = float(model.num_scores > 1) if std is None else std
+    key = jax.random.key(seed)
+    heads = [jax.random.normal(jax.random.fold_in(key, r), (model.embed_dim,)) for r in range(model.num_scores)]
+    return jnp.stack(heads) * (std / math.sqrt(model.embed_dim + 1))
+
+
+def scored_model(model: Model, extra: dict) -> Model:
+    """The model with the normalisation of its scores that a checkpoint's `extra` holds, if it does."""
+    if not extra.get("score_norm"):
+        return model
+    config = dataclasses.replace(model.policy.config, score_norm=tuple(map(tuple, extra["score_norm"])))
+    return dataclasses.replace(model, policy=dataclasses.replace(model.policy, config=config))
+
+
+def _with_experts(config, model: ModelConfig) -> ModelConfig:
+    """The model with the weight of its experts' loss. Raises ConfigError where it lacks the experts that keys name."""
     weight = config.model.balance_loss
     if model.experts is None and (weight is not None or config.mesh.expert != 1):
         name, value = ("mesh.expert", config.mesh.expert) if weight is None else ("model.balance_loss", weight)
@@ -169,7 +217,6 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
     paths = embedded.sources(config.data.train, config.stage, "train")
     train = _dataset(config, model, kind, paths, inspect, mode, config.data.quality)
     documents, held_out, files = train.documents, None, train.files
-    branches = BRANCHES[kind] if kind in BRANCHES else max(len(d.completions) for d in documents)
     identity = {"train": train.fingerprint, "tokenizer": model.tokenizer.fingerprint}
     if config.data.eval is not None:
         other = _dataset(
@@ -179,7 +226,24 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
     elif config.data.eval_examples:
         documents, held_out = documents.hold_out(config.data.eval_examples, config.run.seed)
         identity |= {"held_out": config.data.eval_examples, "seed": config.run.seed}
+    branches = BRANCHES[kind] if kind in BRANCHES else _most_completions(config, documents, held_out)
     return Data(documents, held_out, branches, train.report, identity, files, train.removed)
+
+
+def _most_completions(config, *parts) -> int:
+    """batch.completions, or the most that any document has. Raises ConfigError where one has more than the key says."""
+    most = max(getattr(part, "most_completions", 0) for part in parts)  # of lazy documents the step tells
+    if config.batch.completions is not None and most > config.batch.completions:
+        raise ConfigError(f"batch.completions: {config.batch.completions}, but an example has {most} completions")
+    return config.batch.completions or most
+
+
+def open_reference_set(config, model: Model):
+    """The rankings of reward.normalize_on; None where the key is."""
+    if config.reward.normalize_on is None:
+        return None
+    paths = embedded.sources(config.reward.normalize_on, config.stage, "eval")
+    return _dataset(config, model, "ranking", paths, None, "ahead").documents
 
 
 def train_loader(config, data: Data, plan=None) -> Loader:

@@ -1,17 +1,19 @@
 import numpy as np
 
-from jaxpost.ops.completions import completion_sums
+from jaxpost.ops.completions import completion_ends, completion_sums
 from jaxpost.types import Rows
 
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]], np.int32)
+BRANCHES = np.array([[0, 1, 2, 2, 0, 1, 1, 0], [0, 2, 2, 0, 0, 0, 0, 0]], np.int32)
 
-def test_sums_equal_a_loop():
-    rng = np.random.default_rng(0)
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]], np.int32)
-    branches = np.array([[0, 1, 2, 2, 0, 1, 1, 0], [0, 2, 2, 0, 0, 0, 0, 0]], np.int32)
-    values = rng.normal(size=segments.shape).astype(np.float32)
-    wanted = np.zeros((2, 3, 2), np.float32)
-    for b, t in np.ndindex(*segments.shape):
-        if segments[b, t] and branches[b, t]:
-            wanted[b, segments[b, t] - 1, branches[b, t] - 1] += values[b, t]
-    rows = Rows(segments, segments, branches, segments, values)
-    np.testing.assert_allclose(completion_sums(values, rows, documents=3, branches=2), wanted, rtol=1e-6)
+
+def test_sums_and_ends_equal_a_loop():
+    values = np.random.default_rng(0).normal(size=SEGMENTS.shape).astype(np.float32)
+    sums, ends = np.zeros((2, 3, 2), np.float32), np.zeros((2, 3, 2), np.int32)
+    for b, t in np.ndindex(*SEGMENTS.shape):
+        if SEGMENTS[b, t] and BRANCHES[b, t]:
+            sums[b, SEGMENTS[b, t] - 1, BRANCHES[b, t] - 1] += values[b, t]
+            ends[b, SEGMENTS[b, t] - 1, BRANCHES[b, t] - 1] = t
+    rows = Rows(SEGMENTS, SEGMENTS, BRANCHES, SEGMENTS, values)
+    np.testing.assert_allclose(completion_sums(values, rows, documents=3, branches=2), sums, rtol=1e-6)
+    np.testing.assert_array_equal(completion_ends(rows, documents=3, branches=2), ends)

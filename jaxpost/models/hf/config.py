@@ -22,6 +22,7 @@ FAMILIES: dict[str, ModuleType] = {  # model_type -> read, write, weights, ARCHI
     "qwen3_moe": qwen3_moe,
 }
 SCORE_HEAD = "ForSequenceClassification"
+SCORE_NORM = "jaxpost_score_norm"  # [[mean, spread], ...] of each head: a key of ours, which transformers carries along
 
 
 def read_config(folder: str, filename: str = "config.json") -> ModelConfig:
@@ -44,7 +45,8 @@ def read_config(folder: str, filename: str = "config.json") -> ModelConfig:
     keys.require("quantization_config")
     config = FAMILIES[family].read(keys)
     if known[0] not in architectures:
-        config = dataclasses.replace(config, num_scores=_num_labels(keys))
+        heads = _num_labels(keys)
+        config = dataclasses.replace(config, num_scores=heads, score_norm=_score_norm(keys, heads))
     generation = folder / "generation_config.json"
     if generation.exists():
         eos_ids = Keys(generation, read_json(generation)).token_ids("eos_token_id")
@@ -65,6 +67,17 @@ def _num_labels(keys: Keys) -> int:
     return keys.integer("num_labels", len(labels) or 2)  # 2 is the default of transformers
 
 
+def _score_norm(keys: Keys, heads: int) -> tuple[tuple[float, float], ...]:
+    found = keys.values.get(SCORE_NORM)
+    if found is None:
+        return ()
+    pairs = found if isinstance(found, list) else []
+    good = [isinstance(p, list) and len(p) == 2 and all(type(x) in (int, float) for x in p) and p[1] > 0 for p in pairs]
+    if len(good) != heads or not all(good):
+        raise keys.error(SCORE_NORM, f"{found!r} is not a list of {heads} [mean, spread] with a spread above 0")
+    return tuple((float(mean), float(spread)) for mean, spread in found)
+
+
 def config_files(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     """config.json and generation_config.json of an export, as objects."""
     eos = list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
@@ -77,5 +90,7 @@ def config_files(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     }
     if config.num_scores:
         head["id2label"] = {str(n): f"LABEL_{n}" for n in range(config.num_scores)}
+    if config.score_norm:
+        head[SCORE_NORM] = [list(pair) for pair in config.score_norm]
     known = {key: value for key, value in special.items() if value is not None}
     return {"config.json": head | family.write(config) | special, "generation_config.json": known}

@@ -25,13 +25,17 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files carry
 
 
-def load_params(path: str, policy: Policy, shardings: Any = None, dtype: str = "float32") -> Any:
+def load_params(
+    path: str, policy: Policy, shardings: Any = None, dtype: str = "float32", scores: jax.Array | None = None
+) -> Any:
     """The parameters of `policy` from the safetensors in a Hugging Face folder (one file, or several with an index).
 
     Args:
       path: the folder, local or gs://.
       shardings: a jax sharding per parameter (sharding.named_shardings); None: all on the first device.
       dtype: of the parameters, whatever the files hold (bf16, f16, f32).
+      scores: [R, D], the scalar heads of a policy that has them, where the files are a language model's. None: the
+        files hold them.
 
     Raises:
       CheckpointError: a missing folder, file or tensor, a truncated file, a wrong shape, a tensor without a place.
@@ -43,8 +47,13 @@ def load_params(path: str, policy: Policy, shardings: Any = None, dtype: str = "
     weights = FAMILIES[policy.config.family].weights(policy.config)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(epath.Path(path), weight_files(epath.Path(path), stack), stack)
-        sizes = sizes_of(policy.config)
-        return read_parameters(epath.Path(path), tensors, weights, policy.config, sizes, typed, shardings)
+        read = functools.partial(read_parameters, epath.Path(path), tensors)
+        if scores is None:
+            return read(weights, policy.config, sizes_of(policy.config), typed, shardings)
+        weights = tuple(weight for weight in weights if weight.path != "score/weight")
+        trunk, placed = ({k: v for k, v in tree.items() if k != "score"} for tree in (typed, shardings))
+        head = {"weight": jax.device_put(scores.astype(dtype), shardings["score"]["weight"])}
+        return {**read(weights, policy.config, sizes_of(policy.config), trunk, placed), "score": head}
 
 
 def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstract, shardings) -> Any:
@@ -52,7 +61,8 @@ def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstrac
     by_path = collections.defaultdict(list)
     for piece in pieces(weights, config):
         by_path[piece.path].append(piece)
-    check_tensors(tensors, itertools.chain.from_iterable(by_path.values()), sizes, folder, config.tied)
+    headless = config.tied or config.num_scores > 0  # the files may yet hold a head of words
+    check_tensors(tensors, itertools.chain.from_iterable(by_path.values()), sizes, folder, headless)
 
     def read(path, leaf, sharding):
         own = by_path[tuple(key.key for key in path)]
