@@ -8,7 +8,7 @@ Llama 2, section 3.2.2 (https://arxiv.org/abs/2307.09288).
 
 Trains: the embedded SFT model with four scalar heads in place of its vocabulary, each on its own half of the embedded
 pairs that prefer short, correct, polite answers to rambling or wrong ones.
-Expected:     scores of heads that begin at random order half of the held-out pairs; of one head, the first loss is ln 2.
+Expected:     at first half of the held-out pairs are in the right order (fresh heads); with one head the loss is ln 2.
 Time:         100 steps take about a minute on 2 CPU cores.
 Command:      python -m jaxpost.main --config=configs/reward.py
 One head:     python -m jaxpost.main --config=configs/reward.py --config.model.score_heads=1    (first loss: ln 2)
