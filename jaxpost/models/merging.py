@@ -157,23 +157,32 @@ class Trim:
     of which there are many between bfloat16 models, the first do.
     """
 
-    def __init__(self, blocks: Iterable[np.ndarray], size: int, density: float):
-        magnitude, start = np.empty(size, np.float32), 0
-        for vector in blocks:
-            magnitude[start : start + vector.size] = np.abs(vector).ravel()
-            start += vector.size
-        first = size - max(1, int(density * size))
-        magnitude.partition(first)
-        self.least = magnitude[first]
-        self.equals = np.count_nonzero(magnitude[first:] == self.least)  # so many of them are kept
+    def __init__(self, blocks: Callable[[], Iterable[np.ndarray]], size: int, density: float):
+        # Bit patterns of magnitudes are in the order of the magnitudes: counted by their halves, in two passes.
+        high, count = _bin_of((_bits(vector) >> 16 for vector in blocks()), max(1, int(density * size)))
+        within = (bits[bits >> 16 == high] & 0xFFFF for bits in map(_bits, blocks()))
+        low, self._equals = _bin_of(within, count)  # so many entries of the least magnitude are kept
+        self._least = high << 16 | low
 
     def __call__(self, vector: np.ndarray) -> np.ndarray:
-        magnitude = np.abs(vector).astype(np.float32)
-        keep = magnitude > self.least
-        first = np.flatnonzero(magnitude == self.least)[: self.equals]
-        keep.flat[first] = True
-        self.equals -= len(first)
-        return np.where(keep, vector, 0)
+        bits = _bits(vector)
+        keep = bits > self._least
+        first = np.flatnonzero(bits == self._least)[: self._equals]
+        keep[first] = True
+        self._equals -= len(first)
+        return np.where(keep.reshape(vector.shape), vector, 0)
+
+
+def _bits(vector: np.ndarray) -> np.ndarray:
+    return np.abs(vector).astype(np.float32).ravel().view(np.uint32)
+
+
+def _bin_of(values: Iterable[np.ndarray], count: int) -> tuple[int, int]:
+    """(the 16-bit value of the `count`-th largest of all, how many of its equals belong to the `count` largest)."""
+    counts = sum(np.bincount(some, minlength=2**16) for some in values)
+    at_least = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(at_least, count))
+    return len(counts) - 1 - place, count - int(at_least[place] - counts[::-1][place])
 
 
 def drop(vector: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
@@ -210,7 +219,8 @@ def _prepare_task_vectors(recipe: Recipe, name: str, blocks: Callable, size: int
     """theta_0 + lambda tau, of sparse task vectors that are added up (task arithmetic, arXiv:2212.04089) or by TIES."""
     models = range(1, len(recipe.weights) + 1)
     if recipe.method == "ties":
-        sparse = [Trim((tensor - base for base, tensor in blocks(0, i)), size, recipe.density) for i in models]
+        vectors = lambda i: lambda: (tensor - base for base, tensor in blocks(0, i))  # noqa: E731
+        sparse = [Trim(vectors(i), size, recipe.density) for i in models]
     else:
         seeds = ([recipe.seed or 0, i, zlib.crc32(name.encode())] for i in models)
         sparse = [functools.partial(drop, density=recipe.density, rng=np.random.default_rng(seed)) for seed in seeds]

@@ -32,7 +32,7 @@ def slerp(first, second, t):
 
 
 def trim(vector, density):
-    return Trim([vector], vector.size, density)(vector)
+    return Trim(lambda: [vector], vector.size, density)(vector)
 
 
 # ---- linear ----

@@ -62,12 +62,10 @@ def merge(
 
         def merged() -> Iterator[tuple[str, np.ndarray]]:
             for piece in track(wanted):
-                # Files are opened anew: pages of a mapped one, once read, would add up to the whole model in memory.
-                with contextlib.ExitStack() as opened:
-                    tensors = [_slices(place[piece.name], piece.name, opened) for place in places]
-                    first = None if base is None else tensors.pop(0)
-                    shape = piece.weight.shape(sizes)
-                    yield piece.name, merge_tensors(recipe, piece.name, tensors, first, shape=shape, dtype=dtype)
+                tensors = [_Tensor(place[piece.name], piece.name) for place in places]
+                first = None if base is None else tensors.pop(0)
+                shape = piece.weight.shape(sizes)
+                yield piece.name, merge_tensors(recipe, piece.name, tensors, first, shape=shape, dtype=dtype)
 
         files = _files_beside(lead, dtype) | {RECORD: _record(models, recipe, base, dtype)}
         place_folder(target, merged(), files, shard_bytes=shard_bytes)
@@ -95,9 +93,19 @@ def _places(
         return {name: files[file] for name, (file, _) in tensors.items()}
 
 
-def _slices(path: str, name: str, stack: contextlib.ExitStack):
-    """A tensor of a file, of which rows are read as they are asked for."""
-    return stack.enter_context(safe_open(path, framework="np")).get_slice(name)
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file, of which rows are read as they are asked for.
+
+    The file is opened each time: it is mapped, and pages once read would add up to the whole model in memory.
+    """
+
+    path: str
+    name: str
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        with safe_open(self.path, framework="np") as file:
+            return file.get_slice(self.name)[rows]
 
 
 def _files_beside(folder: epath.Path, dtype: str | None) -> dict[str, bytes]:
