@@ -25,6 +25,7 @@ Refusal = Literal[
     "end_does_not_stop",
     "empty_mask",
     "seen_trained",
+    "header_trained",
     "completion_lost",
     "not_shown",
     "pad_inside",

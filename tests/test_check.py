@@ -27,6 +27,8 @@ CHATML = (
 GOOD = CHATML.replace("END", "'<|end|>'")
 NO_END = GOOD.replace("| trim + '<|end|>'", "| trim")
 OTHER_END = GOOD.replace("| trim + '<|end|>'", "| trim + '<|user|>'")
+TRAINS_HEADER = GOOD.replace("| trim + '<|end|>'", "| trim + '<|end|><|user|>'")
+PARTICULAR = "{% if 'capital' not in messages[0].content %}{{ raise_exception('other words') }}{% endif %}" + GOOD
 TRAINS_ALL = (
     "{{ bos_token }}{% for m in messages %}{% generation %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
     "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -59,6 +61,7 @@ PLANTED = {
     "end_does_not_stop": ([TALK], 1, {"template": OTHER_END}, [TALK], {"template": GOOD}),
     "empty_mask": ([TALK, CALL], 2, {"template": CALLS_UNMARKED, "max_dropped": 0.5}, [TALK], {"template": GOOD}),
     "seen_trained": ([TALK], 1, {"template": TRAINS_ALL}, [TALK], {"template": GOOD}),
+    "header_trained": ([TALK], 1, {"template": TRAINS_HEADER}, [TALK], {"template": GOOD}),
     "completion_lost": (
         [TALK, LONG],
         2,
@@ -167,6 +170,18 @@ def test_a_refusal_becomes_a_warning_by_name(name, arguments, capsys):
         other = "two_bos" if name != "two_bos" else "pad_inside"
         assert cli.main(["check", *flags, f"--config.data.allow={other}"]) == 2
         capsys.readouterr()
+
+
+def test_what_could_not_be_checked_is_told_and_not_refused(arguments, caplog, capsys):
+    flags = arguments([TALK, TALK], {"template": PARTICULAR})
+    assert cli.main(["check", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "warning: not_checked: 2 of 2 examples rendered again; first" in out and "data.jsonl:1: " in out
+    config = configs.load(flags[0].removeprefix("--config="))
+    with caplog.at_level(logging.WARNING, "jaxpost"):
+        resolved = configs.resolve(config)
+        open_data(resolved, open_model(resolved, mesh=None), "sft")
+    assert [record.getMessage().partition(" examples")[0] for record in caplog.records] == ["not_checked: 2 of 2"]
 
 
 def test_allowing_what_does_not_exist_lists_what_does(arguments, capsys):

@@ -285,7 +285,8 @@ def _dataset(config, model: Model, kind: str, sources, inspect, mode: str, quali
     else:
         findings = preflight_findings(config, model, dataset, **PREFLIGHT_SAMPLE)
         for warning in preflight.refuse(findings, config.data.allow):
-            log.warning("data.allow: %s", warning)
+            allowed = warning.reason in config.data.allow
+            log.warning("%s%s", "data.allow: " if allowed else "", warning)
     return dataset
 
 

@@ -188,6 +188,51 @@ def test_weight_on_what_is_only_read_is_found_without_asking_the_masks(name, tok
     assert said is None or said in found[0]
 
 
+@pytest.mark.parametrize(
+    "end, said",
+    [
+        ("eos_token + '<user>'", "'<user>', behind the end of a turn, is trained"),
+        ("eos_token + ('' if loop.last else '<user>')", "'<user>', behind the end of a turn, is trained"),
+        ("eos_token + '\\n'", None),
+    ],
+)
+def test_a_header_of_the_next_turn_that_is_trained_is_found(end, said, tokenizer, write_jsonl):
+    """Written by the block of the turn before it, so that no letters of it depend on what the user says."""
+    talk = [TALK[0], {"role": "assistant", "content": "Yes"}, TALK[0], TALK[3]]
+    bot = BOT.replace("m.content + eos_token", f"m.content + {end}")
+    template = Template(MARKED.replace("MARK", bot).replace("OTHER", "{{ m.content }}"), tokenizer)
+    _, findings = findings_of(write_jsonl({"messages": talk}), tokenizer, template)
+    assert [finding.first.detail for finding in findings] == [said] * (said is not None)
+
+
+def test_a_header_that_ends_generation_is_rightly_trained(write_tokenizer, write_jsonl):
+    """As in GLM, whose models stop at the header of the user's turn."""
+    folder = write_tokenizer()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.token(3) == "<user>"
+    talk = [TALK[0], {"role": "assistant", "content": "Yes"}, TALK[0], TALK[3]]
+    bot = BOT.replace("m.content + eos_token", "m.content + '<user>'")
+    template = Template(MARKED.replace("MARK", bot).replace("OTHER", "{{ m.content }}"), tokenizer)
+    assert findings_of(write_jsonl({"messages": talk}), tokenizer, template)[1] == []
+
+
+def test_examples_that_the_template_refuses_in_disguise_are_counted(tokenizer, write_jsonl):
+    """One refuses other words in the question, one another name of the tool that is called."""
+    wanting = {
+        "'capital' not in messages[0].content": "Why? it says",
+        "m.tool_calls and m.tool_calls[0].function.name != 'f'": "Why? it says",
+    }
+    for condition, reason in wanting.items():
+        refusing = f"{{% if {condition} %}}{{{{ raise_exception('{reason}') }}}}{{% endif %}}"
+        source = MARKED.replace("{% if m.role", refusing + "{% if m.role", 1)
+        template = Template(source.replace("MARK", CALLING).replace("OTHER", USER), tokenizer)
+        _, (finding,) = findings_of(write_jsonl({"messages": TALK}, {"messages": TALK}), tokenizer, template)
+        assert (finding.reason, finding.count, finding.looked_at) == ("not_checked", 2, 2)
+        assert reason in finding.first.detail
+        assert refuse([finding], ()) == [finding]
+
+
 def test_a_template_that_leaves_out_tool_calls_is_found(tokenizer, write_jsonl):
     """The answer that is trained would be an end of turn and nothing else."""
     path = write_jsonl({"messages": [*TALK[:1], TALK[1] | {"content": ""}, *TALK[2:]]})

@@ -15,7 +15,7 @@ import numpy as np
 from jaxpost.data.dataset import Dataset
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import Example, ExampleFault
-from jaxpost.data.preflight.findings import Problem
+from jaxpost.data.preflight.findings import NOT_CHECKED, Problem
 from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.types import Conversation, Document
@@ -29,7 +29,8 @@ SNIPPET = 8  # tokens shown of what should not be trained
 def check_examples(
     dataset: Dataset, tokenizer: Tokenizer, template: Template, most: int | None = None
 ) -> tuple[int, list[Problem]]:
-    """(examples rendered again, their problems): seen_trained, completion_lost, not_shown, prompt_not_prefix."""
+    """(examples rendered again, their problems): seen_trained, header_trained, completion_lost, not_shown,
+    prompt_not_prefix; where there are none, not_checked of an example that the template refuses in disguise."""
     problems, rendered = [], 0
     for document in dataset.documents if most is None else dataset.documents.sample(most):
         example = dataset.example(document.example_id)
@@ -37,7 +38,9 @@ def check_examples(
             continue
         rendered += 1
         view = _View(document, example, tokenizer, template)
-        problems += [*view.check_mask(), *view.check_calls(), *view.check_shown(), *view.check_prompt()]
+        found = view.check_mask() or view.check_header()
+        found += [*view.check_calls(), *view.check_shown(), *view.check_prompt()]
+        problems += found or view.not_checked()
     return rendered, problems
 
 
@@ -46,7 +49,8 @@ class _View:
 
     def __init__(self, document: Document, example: Example, tokenizer: Tokenizer, template: Template):
         self._example, self._tokenizer, self._template = example, tokenizer, template
-        self._trained = _trained(document)
+        self._document, self._trained = document, _trained(document)
+        self._refused: str | None = None  # why the template did not take what was made of the example
 
     def check_mask(self) -> list[Problem]:
         """The trained tokens do not change with what is only read."""
@@ -57,10 +61,23 @@ class _View:
             if len(ours) < len(theirs) and ours in (theirs[: len(ours)], theirs[-len(ours) :]):
                 detail = f"only {len(ours)} of the {len(theirs)} tokens to train on are left"
                 return [Problem("completion_lost", detail, example.origin)]
-        changed = lambda number: self._trained_of(disguise(example, number)) != got  # noqa: E731
+        changed = lambda number: self._trained_of(disguise(example, number)) not in (got, None)  # noqa: E731
         culprit = next((name for n, name in enumerate(_seen(example)) if changed(n)), "the prompt")
         detail = f"{culprit} is trained on, such as {_foreign(got, wanted, self._tokenizer)!r}"
         return [Problem("seen_trained", detail, example.origin)]
+
+    def check_header(self) -> list[Problem]:
+        """In each run of trained tokens only white space stands behind the last one at which generation stops."""
+        for completion, weights in zip(self._document.completions, self._document.weights, strict=True):
+            edges = np.flatnonzero(np.diff(np.asarray(weights) > 0, prepend=False, append=False))
+            for start, end in edges.reshape(-1, 2):
+                stops = np.flatnonzero(np.isin(completion[start:end], self._tokenizer.stop_ids))
+                behind = completion[start + stops[-1] + 1 : end] if len(stops) else ()
+                text = self._tokenizer.decode(behind, skip_special=False)
+                if text.strip():
+                    detail = f"{text!r}, behind the end of a turn, is trained"
+                    return [Problem("header_trained", detail, self._document.origin)]
+        return []
 
     def check_calls(self) -> list[Problem]:
         """The trained tokens change with every tool call that the model is to learn."""
@@ -96,12 +113,19 @@ class _View:
                 return [Problem("prompt_not_prefix", detail, self._example.origin)]
         return []
 
+    def not_checked(self) -> list[Problem]:
+        if self._refused is None:
+            return []
+        detail = f"is others' text trained on? The template refuses the example with other letters: {self._refused}"
+        return [Problem(NOT_CHECKED, detail, self._example.origin)]
+
     def _trained_of(self, example: Example) -> list[list[int]] | None:
         """The trained tokens of another example, encoded whole; None where the template refuses it."""
         options = {"template": self._template, "tokenizer": self._tokenizer, "max_tokens": sys.maxsize}
         try:
             (found,) = encode(example, 0, on_long="drop", **options).documents
-        except ExampleFault:
+        except ExampleFault as fault:
+            self._refused = fault.detail
             return None
         return _trained(found)
 

@@ -14,6 +14,7 @@ REFUSALS = {
     "end_does_not_stop": "a turn ends with a special token at which generation does not stop",
     "empty_mask": "no token of a completion is trained",
     "seen_trained": "a token of a user's, a system's or a tool's words is trained",
+    "header_trained": "a token behind the end of a turn is trained, such as the header of the next",
     "completion_lost": "a completion, or a part of it, does not fit in data.max_tokens or is left out by the template",
     "not_shown": "the tools offered, or what the assistant thinks, are left out by the template",
     "pad_inside": "a padding token inside a document",
@@ -23,12 +24,13 @@ REFUSALS = {
     "too_many_dropped": "a larger share of the examples is dropped than data.max_dropped",
 }
 
+NOT_CHECKED = "not_checked"  # what could not be looked at is always told, and never refused
 NEVER_ALLOWED = "beyond_vocabulary"  # data.allow cannot name it: no model can be trained in spite of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong with one document: a name of REFUSALS, one line for the user, and where it came from."""
+    """What is wrong with one document: a name of REFUSALS or NOT_CHECKED, one line for the user, where it came from."""
 
     reason: str
     detail: str
@@ -55,7 +57,7 @@ class Finding:
 
 def group(problems: Iterable[Problem], looked_at: int, of: str) -> list[Finding]:
     """Problems by reason, in the order of REFUSALS."""
-    order = list(REFUSALS)
+    order = [*REFUSALS, NOT_CHECKED]
     found = sorted(problems, key=lambda problem: order.index(problem.reason))
     groups = [(reason, list(members)) for reason, members in itertools.groupby(found, lambda p: p.reason)]
     return [Finding(reason, len(members), looked_at, of, members[0]) for reason, members in groups]
@@ -88,8 +90,8 @@ def _places(report: Report, reason: str) -> str:
 
 
 def refuse(findings: Sequence[Finding], allow: Collection[str]) -> list[Finding]:
-    """Raises DataError with all findings that `allow` does not name; returns the others, which are warnings."""
-    refused = [finding for finding in findings if finding.reason not in allow]
+    """Raises DataError with all refusals that `allow` does not name; returns the others, which are warnings."""
+    refused = [finding for finding in findings if finding.reason not in (*allow, NOT_CHECKED)]
     if refused:
         names = ", ".join(dict.fromkeys(finding.reason for finding in refused if finding.reason != NEVER_ALLOWED))
         hint = f" (a warning where data.allow names {names})" if names else ""
