@@ -1,13 +1,17 @@
 """A tiny model folder and data files that tests of whole runs share: real formats, random weights."""
 
+import contextlib
 import gzip
 import json
 import pathlib
+
+import pytest
 
 from jaxpost import embedded
 from jaxpost.data.tokenizers import load_tokenizer
 from jaxpost.models import hf
 from jaxpost.models.policy import Policy
+from jaxpost.train.loop import Loop
 from tests.models.tiny import random_params, tiny_config
 
 
@@ -40,3 +44,18 @@ def dpo_config(model, pairs, run_dir, **run) -> dict:
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
         "run": {"dir": str(run_dir), "steps": 6, "eval_prompts": 0, "log_to": (), "export": False, **run},
     }
+
+
+@contextlib.contextmanager
+def crash_after(step: int):
+    """The run inside breaks off before it writes the row of any later step; the error ends with the block."""
+    write = Loop.write
+
+    def crash(self, now, *rest):
+        if now > step:
+            raise KeyboardInterrupt
+        write(self, now, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "write", crash)
+        yield

@@ -13,10 +13,10 @@ from jaxpost import config as configs
 from jaxpost.data import dataset, loader
 from jaxpost.data.documents import LazyDocuments
 from jaxpost.errors import ConfigError, DataError
-from jaxpost.train.loop import Loop, epoch_metrics
+from jaxpost.train.loop import epoch_metrics
 from jaxpost.train.setup import open_data, open_model, train_loader
 from tests.train.test_runs import same_bits, same_rows
-from tests.worlds import write_model
+from tests.worlds import crash_after, write_model
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -69,22 +69,14 @@ def whole(given, small_windows, tmp_path_factory):
 def test_a_lazy_run_is_the_same_to_the_bit_stopped_or_not(given, whole, tmp_path, monkeypatch, capsys):
     config = sft_config(given, tmp_path / "run", tokenize="lazy", workers=0)
     config["run"]["checkpoint_every"] = 3
-    write, members = Loop.write, LazyDocuments.members
-
-    def crash(self, step, *rest):
-        if step > 7:
-            raise KeyboardInterrupt
-        write(self, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "write", crash)
+    with crash_after(7):
         jaxpost.run(config)
     config["run"]["resume"] = True
     resumed = jaxpost.run(config)
     same_rows(resumed.rows, whole.rows)
     same_bits(resumed.params, whole.params)
     assert "examples read so far" in capsys.readouterr().out
-    asked = []
+    asked, members = [], LazyDocuments.members
     monkeypatch.setattr(LazyDocuments, "members", lambda self, entries: asked.append(1) or members(self, entries))
     expected = provenance(capsys, f"--run={whole.folder}", "--step=12")
     assert provenance(capsys, f"--run={tmp_path / 'run'}", "--step=12") == expected

@@ -14,13 +14,12 @@ from jaxpost import config as configs
 from jaxpost.data.values import ValueStore
 from jaxpost.errors import ConfigError
 from jaxpost.train import reference
-from jaxpost.train.loop import Loop
 from jaxpost.train.optimizer import skip_non_finite
 from jaxpost.train.setup import open_data, open_mesh, open_model
 from jaxpost.train.step import make_train_step
 from jaxpost.types import Batch, Mean, Rows, Term, TrainState
 from tests.train.test_runs import same_bits, same_rows
-from tests.worlds import dpo_config, write_model, write_pairs
+from tests.worlds import crash_after, dpo_config, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -77,21 +76,13 @@ def test_a_reference_that_is_copied_after_every_update_is_the_policy(given, tmp_
     assert run.rows[-1]["eval/logps/chosen"] != run.rows[0]["eval/logps/chosen"]
 
 
-def test_a_moving_reference_resumes_to_the_bit_sharded_and_in_its_type(given, tmp_path, monkeypatch):
+def test_a_moving_reference_resumes_to_the_bit_sharded_and_in_its_type(given, tmp_path):
     """Stopped between two of its steps, and in evaluations the reference of that time."""
     changes = {"precision": {"reference": "bfloat16"}, "mesh": {"fsdp": 4, "tensor": 2}}
     options = {"steps": 5, "eval_every": 2, "checkpoint_every": 3}
     whole = jaxpost.run(moving(given, tmp_path / "whole", 0.5, 2, **options) | changes)
     config = moving(given, tmp_path / "run", 0.5, 2, **options) | changes
-    write = Loop.write
-
-    def crash(self, step, *rest):
-        if step > 4:
-            raise KeyboardInterrupt
-        write(self, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "write", crash)
+    with crash_after(4):
         jaxpost.run(config)
     config["run"]["resume"] = True
     resumed = jaxpost.run(config)

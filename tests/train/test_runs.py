@@ -21,7 +21,7 @@ from jaxpost.models.config import Experts, Layer
 from jaxpost.ops.rope import Rope
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.loop import Loop
-from tests.worlds import dpo_config, write_model, write_pairs
+from tests.worlds import crash_after, dpo_config, write_model, write_pairs
 
 # Of pairs that policy and reference score alike, rounding decides which counts as right.
 ACCURACIES = [f"{prefix}rewards/accuracies{end}" for prefix in ("", "eval/") for end in ("", "_low", "_high")]
@@ -75,17 +75,9 @@ def test_rows_of_a_run(whole):
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])
-def test_a_crashed_run_resumes_to_the_bit(given, whole, tmp_path, monkeypatch, stop_after):
+def test_a_crashed_run_resumes_to_the_bit(given, whole, tmp_path, stop_after):
     config = dpo_config(*given, tmp_path / "run", eval_every=3, checkpoint_every=2)
-    write = Loop.write
-
-    def crash(self, step, *rest):
-        if step > stop_after:
-            raise KeyboardInterrupt
-        write(self, step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "write", crash)
+    with crash_after(stop_after):
         jaxpost.run(config)
     config["run"]["resume"] = True
     resumed = jaxpost.run(config)
