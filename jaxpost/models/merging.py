@@ -83,7 +83,7 @@ class Recipe:
                 raise ConfigError(f"weights: {weight} is not a finite number")
             if weight < 0 and not takes.negative:
                 raise ConfigError(f"weights: {weight} is negative, which means nothing to {self.method}")
-        if self.method != "dare_linear" and sum(self.weights) == 0:
+        if self.method != "dare_linear" and abs(sum(self.weights)) < 1e-9:
             raise ConfigError("weights: their sum is 0, by which they are divided")
 
 
@@ -116,18 +116,18 @@ def merge_tensors(
 
     def blocks(*which: int) -> Iterator[list[np.ndarray]]:
         for span in spans:
-            block = [given[i][span].astype(np.float64) for i in which]
-            for i, values in zip(which, block, strict=True):
+            found = [given[i][span].astype(np.float64) for i in which]
+            for i, values in zip(which, found, strict=True):
                 if not np.isfinite(values).all():
                     model = f"model {i + (base is None)}" if i or base is None else "the base"
                     raise CheckpointError(f"tensor {name}: {model} holds a value that is not finite")
-            yield block
+            yield found
 
     combine = _PREPARE[recipe.method](recipe, name, blocks, math.prod(shape))
     merged = np.empty(shape, np.dtype(dtype or given[0][:1].dtype))
-    for span, block in zip(spans, blocks(*range(len(given))), strict=True):
+    for span, found in zip(spans, blocks(*range(len(given))), strict=True):
         with np.errstate(over="ignore"):
-            merged[span] = combine(block)
+            merged[span] = combine(found)
         if not np.isfinite(merged[span]).all():
             raise CheckpointError(f"tensor {name}: a merged value is more than {merged.dtype} holds; see dtype")
     return merged

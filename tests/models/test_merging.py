@@ -257,6 +257,7 @@ def test_a_merged_value_beyond_the_type_is_refused():
         ("slerp", (1, 1, 1), {}, "models: slerp merges exactly 2, got 3"),
         ("ties", (), {"density": 1.0}, "models: ties merges at least 1, got 0"),
         ("linear", (1, -1), {}, "weights: their sum is 0"),
+        ("linear", (0.1, 0.2, -0.3), {}, "weights: their sum is 0"),  # 5.6e-17 in floating point
         ("ties", (0, 0), {"density": 1.0}, "weights: their sum is 0"),
         ("slerp", (1.5, -0.5), {}, "weights: -0.5 is negative"),
         ("ties", (1, -1), {"density": 1.0}, "weights: -1 is negative"),
