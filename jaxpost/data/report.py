@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import rich.table
+import rich.text
 
 from jaxpost.data import quality
 from jaxpost.data.chunks import Chunk
@@ -96,5 +97,5 @@ class Report:
         """The same as a rich table, for the console."""
         table = rich.table.Table("data", "", show_header=False)
         for row in self.rows():
-            table.add_row(*row)
+            table.add_row(*map(rich.text.Text, row))  # not markup: a file's name may hold [brackets]
         return table

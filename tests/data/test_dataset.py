@@ -1,17 +1,20 @@
 """Datasets: what is kept, dropped and counted, on made-up and on real files; every fault of the input as one line."""
 
 import hashlib
+import io
 import json
 import math
 import pathlib
 
 import numpy as np
 import pytest
+import rich.console
 
 from jaxpost.config import QualityConfig
 from jaxpost.data.dataset import load_dataset
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import ExampleFault, parse
+from jaxpost.data.report import Report
 from jaxpost.data.rows import build_batch
 from jaxpost.data.sources import open_source
 from jaxpost.data.templates import Template, load_template
@@ -83,6 +86,12 @@ def test_faults_are_dropped_counted_and_located(load, write_jsonl):
     assert "dropped: empty_completion  4 (data.jsonl:2, data.jsonl:4, data.jsonl:6, ...)" in text
     assert "(prompt_completion)" in text and "examples kept" in text
     assert report.table().row_count == len(text.splitlines())
+
+
+def test_the_table_shows_brackets_of_a_file_name():
+    console = rich.console.Console(file=io.StringIO())
+    console.print(Report(("part[old].jsonl",), ["text"]).table())
+    assert "part[old].jsonl (text)" in console.file.getvalue()
 
 
 def test_on_bad_error_names_the_example_but_length_is_no_fault(load, write_jsonl):

@@ -217,8 +217,8 @@ def test_other_hosts_show_nothing(monkeypatch):
 
 def test_tables_show_numbers_and_texts_as_they_are():
     out = console(terminal=False)
-    print_table("Run", [("parameters", 1_234_567), ("padding", "12.5 %")], console=out)
+    print_table("Run [a]", [("parameters", 1_234_567), ("padding", "12.5 %"), ("model", "runs/[b]")], console=out)
     print_before_after(["What is [b]2+2[/b]?"], ["What is 3+3?"], ["It is 4."], console=out)
     text = out.file.getvalue()
-    for shown in ("1,234,567", "12.5 %", "What is [b]2+2[/b]?", "What is 3+3?", "It is 4."):
+    for shown in ("Run [a]", "1,234,567", "12.5 %", "runs/[b]", "What is [b]2+2[/b]?", "What is 3+3?", "It is 4."):
         assert shown in text
