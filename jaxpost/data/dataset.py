@@ -94,8 +94,8 @@ def load_dataset(
       paths: a path, a list of paths, or of pairs (path, amount). An amount is a weight (2 takes every example twice,
         0.5 every second one, 1.5 every example and every second one again: by index, so without any draw) or
         {"tokens": n}: as many tokens as whole examples make of it, repeated or cut, the same ones in every epoch.
-      kind: "sft" (conversations, prompts with completions, raw text), "preference" (pairs), "ranking" (also pairs),
-        "unpaired" (single completions with a label) or "prompt" (questions alone).
+      kind: "sft" (conversations, prompts with completions, raw text), "preference" (pairs), "scored" (pairs with
+        scores), "ranking" (also pairs), "unpaired" (single completions with a label) or "prompt" (questions alone).
       max_tokens: longest prompt and completion together, in tokens.
       on_bad: a faulty example is dropped and counted ("drop") or ends the reading ("error").
       on_long: what becomes of an example beyond max_tokens: "drop" or "truncate" (see `encode`).

@@ -51,7 +51,7 @@ class Encoded:
 def encode(
     example: Example, example_id: int, *, template: Template, tokenizer: Tokenizer, max_tokens: int, on_long: str
 ) -> Encoded:
-    """The documents of an example: one, or the pieces of a long raw text.
+    """The documents of an example: one, the pieces of a long raw text, or one for each completion of unpaired feedback.
 
     max_tokens: of prompt and one completion together. on_long: "truncate" or "drop" (see module).
     Raises ExampleFault: too_long, empty_mask, no_prompt, chosen_equals_rejected, equal_completions, and what the
@@ -64,6 +64,9 @@ def encode(
         if example.kind == "prompt":
             sequences = [_question(example, template, tokenizer)]
             parts = [(_cut(sequences[0].ids, len(sequences[0].ids) - max_tokens, tokenizer.bos_id, on_long), [])]
+        elif example.kind == "unpaired":
+            _check_distinct(sequences, example.kind)
+            parts = [_branches([sequence], tokenizer.bos_id, max_tokens, on_long) for sequence in sequences]
         elif example.kind in BRANCHING:
             _check_distinct(sequences, example.kind)
             parts = [_branches(sequences, tokenizer.bos_id, max_tokens, on_long)]
@@ -76,6 +79,7 @@ def encode(
     excess = max(len(sequence.ids) for sequence in sequences) - max_tokens
     truncated = excess > 0 and example.prompt is not None
     change = f"prompt cut by {excess} tokens" if truncated else "whole"
+    part = "answer" if example.kind == "unpaired" else "piece"
     documents = [
         Document(
             prompt=prompt,
@@ -83,12 +87,19 @@ def encode(
             weights=tuple(part.trained.astype(np.float32) for part in completions),
             example_id=example_id,
             origin=example.origin,
-            transform=f"{example.format}, " + (f"piece {n} of {len(parts)}" if len(parts) > 1 else change),
-            completion=example.values,
+            transform=f"{example.format}, " + (f"{part} {n} of {len(parts)}" if len(parts) > 1 else change),
+            completion=_values_of(example, n - 1),
         )
         for n, (prompt, completions) in enumerate(parts, start=1)
     ]
     return Encoded(documents, truncated)
+
+
+def _values_of(example: Example, part: int) -> dict[str, tuple[float, ...]]:
+    """The values of a document's completions: all of the example's, unless each completion is a document."""
+    if example.kind != "unpaired":
+        return example.values
+    return {name: values[part : part + 1] for name, values in example.values.items()}
 
 
 def _sequence(example: Example, completion, template: Template, tokenizer: Tokenizer) -> Sequence:

@@ -36,10 +36,10 @@ class Example:
     kind "chat": `prompt` holds the messages that are only seen (often none) and the tools, `completions` one tuple of
       messages, whose assistant turns are trained.
     The others have `prompt` as raw text or as a Conversation, and their completions in the same form:
-    kind "preference": `completions` are chosen and rejected.
+    kind "preference": `completions` are chosen and rejected; read as "scored", `values["score"]` says how good each is.
     kind "ranking": `completions` are two or more, best first, and `values["score"]` says how good each is. Some of the
       scores may be equal, never all.
-    kind "unpaired": one completion, and `values["label"]` is 1 where it is good, 0 where it is bad.
+    kind "unpaired": completions that stand alone, and `values["label"]` is 1 where one is good, 0 where it is bad.
     kind "prompt": no completion: a question to be answered by the model.
     """
 
@@ -67,8 +67,9 @@ class Format:
     beside: str | None = None
 
     def fits(self, kind: str) -> bool:
-        """Whether it can be read as this kind: a pair is a ranking of two as well."""
-        return kind == self.kind or (self.kind, kind) == ("preference", "ranking")
+        """Whether it can be read as this kind: a pair is also a ranking of two, with scores a scored one, and a good
+        completion and a bad one."""
+        return kind == self.kind or (self.kind == "preference" and kind in ("ranking", "scored", "unpaired"))
 
 
 FORMATS: dict[str, Format] = {}
@@ -100,7 +101,8 @@ def detect(record: dict, origin: Origin) -> str:
 
 
 def parse(record: dict, origin: Origin, format: str = "auto", kind: str | None = None) -> Example:
-    """A record as Example; with kind="ranking" a pair becomes a ranking of two.
+    """A record as Example. What a pair becomes of another kind: "ranking", one of two; "scored", with its scores;
+    "unpaired", a good completion and a bad one.
 
     Raises DataError (unknown format, missing key) and ExampleFault (a fault of this example alone).
     """
@@ -121,6 +123,10 @@ def parse(record: dict, origin: Origin, format: str = "auto", kind: str | None =
         raise ExampleFault(fault.reason, fault.detail, origin) from None
     if (found, kind) == ("preference", "ranking"):
         found, values = "ranking", [{"score": (1.0, 0.0)}]
+    if (found, kind) == ("preference", "unpaired"):
+        found, values = "unpaired", [{"label": (1.0, 0.0)}]
+    if (found, kind) == ("preference", "scored"):
+        values = [{"score": _pair_scores(record, origin)}]
     return Example(found, prompt, completions, origin, name, *values)
 
 
@@ -400,6 +406,20 @@ def _ranked(prompt, completions: list[Completed], scores):
         raise ExampleFault("tie", f"all completions have the score {scores[0]}")
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return "ranking", prompt, tuple(completions[i] for i in order), {"score": tuple(float(scores[i]) for i in order)}
+
+
+def _pair_scores(record: dict, origin: Origin) -> tuple[float, float]:
+    """`score_chosen` and `score_rejected`, or a `margin` and 0: the first is larger."""
+    scores = (
+        (record["margin"], 0.0) if "margin" in record else (record.get("score_chosen"), record.get("score_rejected"))
+    )
+    if None in scores:
+        raise ExampleFault("no_score", "found neither margin nor score_chosen and score_rejected", origin)
+    if not all(_is_number(score) for score in scores):
+        raise ExampleFault("bad_scores", f"expected finite numbers, found {scores[0]!r} and {scores[1]!r}", origin)
+    if scores[0] <= scores[1]:
+        raise ExampleFault("no_winner", f"chosen has the score {scores[0]}, rejected {scores[1]}", origin)
+    return tuple(map(float, scores))
 
 
 def _is_number(value) -> bool:

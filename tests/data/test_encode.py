@@ -311,6 +311,19 @@ def test_unpaired_feedback_is_one_branch_with_a_label(tokenizer, label):
     assert tokenizer.decode(document.prompt, False).endswith("Assistant:") and document.weights[0].all()
 
 
+def test_a_pair_is_a_good_and_a_bad_answer_as_well(tokenizer):
+    """Read as unpaired feedback: two documents, each as the pair's branch; their values go with them."""
+    template = Template(SPACED, tokenizer)
+    example = parse(PAIRS[1], HERE, kind="unpaired")
+    options = {"template": template, "tokenizer": tokenizer, "max_tokens": 100, "on_long": "drop"}
+    documents = encode(example, 5, **options).documents
+    pair = one(PAIRS[1], tokenizer, template)
+    assert [d.completion for d in documents] == [{"label": (1.0,)}, {"label": (0.0,)}]
+    assert [d.transform for d in documents] == [f"{example.format}, answer {n} of 2" for n in (1, 2)]
+    for document, whole in zip(documents, pair.completions, strict=True):
+        assert [*document.prompt, *document.completions[0]] == [*pair.prompt, *whole]
+
+
 def test_a_prompt_ends_where_the_model_answers(tokenizer):
     template = load_template("plain", tokenizer)
     document = one({"prompt": [USER]}, tokenizer, template)

@@ -333,6 +333,31 @@ FAULTS = [
 ]
 
 
+PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+SCORES = [
+    ({"score_chosen": 7, "score_rejected": 2.5}, (7.0, 2.5)),
+    ({"margin": 1.5}, (1.5, 0.0)),
+    ({}, "no_score"),
+    ({"score_chosen": 7}, "no_score"),
+    ({"score_chosen": 2, "score_rejected": 2}, "no_winner"),
+    ({"margin": -1}, "no_winner"),
+    ({"margin": float("nan")}, "bad_scores"),
+    ({"score_chosen": "7", "score_rejected": 2}, "bad_scores"),
+]
+
+
+@pytest.mark.parametrize("scores, found", SCORES)
+def test_scores_of_a_pair(scores, found):
+    """They are read where a loss asks for them, and of no interest elsewhere."""
+    assert parse(PAIR | scores, HERE, kind="preference").values == {}
+    if isinstance(found, tuple):
+        assert parse(PAIR | scores, HERE, kind="scored").values == {"score": found}
+        return
+    with pytest.raises(ExampleFault) as fault:
+        parse(PAIR | scores, HERE, kind="scored")
+    assert fault.value.reason == found and str(fault.value).startswith("data.jsonl:7: ")
+
+
 @pytest.mark.parametrize("record, reason", FAULTS, ids=[f"{reason}-{i}" for i, (_, reason) in enumerate(FAULTS)])
 def test_faults_of_one_example(record, reason):
     with pytest.raises(ExampleFault) as fault:

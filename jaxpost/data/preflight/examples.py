@@ -37,11 +37,20 @@ def check_examples(
         if example.prompt is None:  # raw text: all of it is trained
             continue
         rendered += 1
-        view = _View(document, example, tokenizer, template)
+        view = _View(document, _part_of(example, document), tokenizer, template)
         found = view.check_mask() or view.check_header()
         found += [*view.check_calls(), *view.check_shown(), *view.check_prompt()]
         problems += found or view.not_checked()
     return rendered, problems
+
+
+def _part_of(example: Example, document: Document) -> Example:
+    """The example with the completions of this document alone: of a pair read as unpaired feedback, the one."""
+    if example.kind != "unpaired":
+        return example
+    (label,) = document.completion["label"]
+    completion = example.completions[example.values["label"].index(label)]
+    return dataclasses.replace(example, completions=(completion,), values={"label": (label,)})
 
 
 class _View:

@@ -31,7 +31,9 @@ class Texts:
         """The answers that training makes likelier: of a pair or a ranking the best, of feedback what is good."""
         if self.kind in ("preference", "ranking"):
             return self.answers[:1]
-        return () if self.kind == "unpaired" and not self.labels[0] else self.answers
+        if self.kind == "unpaired":
+            return tuple(answer for answer, label in zip(self.answers, self.labels, strict=True) if label)
+        return self.answers
 
     @property
     def whole(self) -> str:
