@@ -16,7 +16,7 @@ def get_config(name: str):
     """The config of a stage ("sft", "dpo") or of a config file, to be changed and given to `run`."""
     from ml_collections import ConfigDict
 
-    return ConfigDict(configs.load(name))
+    return ConfigDict(configs.load(name), type_safe=False)  # what a key takes is checked by `run`
 
 
 def run(config) -> Run:

@@ -113,7 +113,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    name: str | None = key("name in jaxpost.losses or dotted path `pkg.mod:fn`; None = the stage's own", None)
+    name: tuple[str, ...] | None = key(
+        "name in jaxpost.losses or dotted path `pkg.mod:fn`; of pairs also a list, summed; None = the stage's own",
+        None,
+    )
+    weights: tuple[float, ...] | None = key("of the losses of loss.name, one each; None = 1 each", None, low=0)
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = key(
+        "of pairs: from the reference, in DPO and those of its relatives where it is defined (f-DPO)", "reverse_kl"
+    )
+    divergence_alpha: float = key("alpha of loss.divergence='alpha_divergence'", 0.5, low=0)
+    ld_alpha: float = key("of pairs: what tokens beyond the shorter answer count (LD-DPO); 1 = all", 1.0, low=0, high=1)
+    wpo: bool = key("of pairs: weigh each by how likely the policy is to say it (WPO)", False)
     hyperparameters: Mapping[str, Scalar] = free_keys(
         "the loss function's own keyword arguments, held against its signature"
     )
@@ -216,7 +226,7 @@ class RematConfig:
 class Config:
     """A resolved configuration. Made by `resolve`, never by hand."""
 
-    stage: Literal["sft", "dpo", "reward"] = key("the method")
+    stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward"] = key("the method")
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
@@ -231,9 +241,14 @@ class Config:
     remat: RematConfig
 
 
-DEFAULT_LOSS = {"sft": "nll", "dpo": "sigmoid", "reward": "bradley_terry"}
-STAGES_WITH_REFERENCE = ("dpo",)
+DEFAULT_LOSS = {
+    **{"sft": "nll", "dpo": "sigmoid", "orpo": "orpo", "simpo": "simpo", "cpo": "cpo", "kto": "kto"},
+    "reward": "bradley_terry",
+}
+STAGES_WITH_REFERENCE = ("dpo", "kto")
 STAGES_WITH_SCORES = ("reward",)  # that train scalar heads, not words
+STAGES_OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")
+KEYS_OF_PAIRS = ("weights", "divergence", "divergence_alpha", "ld_alpha", "wpo")  # of loss.*
 
 
 def resolve(config) -> Config:
@@ -323,6 +338,8 @@ def needs_all_documents(c: Config) -> str | None:
         return "reference.mode='cached', which reads all first"
     if c.stage in STAGES_WITH_SCORES and c.batch.completions is None:
         return "batch.completions=None, the most that any example has"
+    if c.stage == "kto":
+        return "stage='kto', which pairs each prompt with another's answer"
     if any(isinstance(amount, dict) for _, amount in c.data.train):
         return "a budget of tokens in data.train"
     return None
@@ -332,7 +349,7 @@ def _fill(config: Config) -> Config:
     """The defaults that depend on other keys."""
     loss, data = config.loss, config.data
     if loss.name is None:
-        loss = dataclasses.replace(loss, name=DEFAULT_LOSS[config.stage])
+        loss = dataclasses.replace(loss, name=(DEFAULT_LOSS[config.stage],))
     if data.eval is None and {path for path, _ in data.train} == {"embedded"}:
         data = dataclasses.replace(data, eval=(("embedded", 1.0),))
     return dataclasses.replace(config, loss=loss, data=data)
@@ -378,6 +395,7 @@ def _contradictions(c: Config):
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
         changed = next(k for k in differences(c.reference, ReferenceConfig()))
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
+    yield from _loss_contradictions(c.stage, c.loss)
     if c.data.tokenize == "lazy" and (reason := needs_all_documents(c)):
         yield "data.tokenize", f"'lazy' contradicts {reason}; set 'auto' or 'ahead'"
     yield from _reference_contradictions(c.reference)
@@ -389,6 +407,22 @@ def _reference_contradictions(reference: ReferenceConfig):
     for name in ("alpha", "every"):
         if reference.mode != "moving" and getattr(reference, name) != getattr(ReferenceConfig, name):
             yield f"reference.{name}", f"only a reference that moves has one; reference.mode={reference.mode!r}"
+
+
+def _loss_contradictions(stage: str, loss: LossConfig):
+    if not loss.name:
+        yield "loss.name", "expected a name, got an empty list"
+    if len(set(loss.name)) < len(loss.name):
+        yield "loss.name", f"{', '.join(loss.name)}: one of them stands twice; give it one weight"
+    if loss.weights is not None and len(loss.weights) != len(loss.name):
+        yield "loss.weights", f"{len(loss.weights)} for the {len(loss.name)} losses of loss.name; give one each"
+    changed = [name for name in KEYS_OF_PAIRS if getattr(loss, name) != getattr(LossConfig(), name)]
+    if stage not in STAGES_OF_PAIRS and (changed or len(loss.name) > 1):
+        name = changed[0] if changed else "name"
+        what = "takes one loss" if name in ("name", "weights") else "is not of pairs"
+        yield f"loss.{name}", f"{getattr(loss, name)!r}, but the stage {stage} {what}"
+    if loss.divergence_alpha != LossConfig().divergence_alpha and loss.divergence != "alpha_divergence":
+        yield "loss.divergence_alpha", f"{loss.divergence_alpha}, but loss.divergence is {loss.divergence!r}"
 
 
 def _quality_contradictions(quality: QualityConfig):

@@ -211,6 +211,11 @@ def test_wrong_flags(flag, line, arguments, capsys):
     [
         ("ranking", {"prompt": "Name a colour.", "completions": ["Red.", "Green.", "Tuesday."]}, "completion 3: "),
         ("unpaired", {"prompt": "Name a colour.", "completion": "Red.", "label": True}, "completion 1: "),
+        (
+            "scored",
+            {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Tuesday.", "margin": 2},
+            "rejected: ",
+        ),
         ("prompt", {"prompt": "Name a colour."}, "prompt: "),
     ],
 )
@@ -220,6 +225,13 @@ def test_kinds_of_data_whose_stage_may_not_be_there_yet(kind, record, shown, arg
     out = capsys.readouterr().out
     assert shown in out and "2 documents to train on: nothing wrong found" in out
     assert cli.main(["check", *arguments([*records, TEXT], {}), f"--kind={kind}"]) == 2
+
+
+def test_pairs_are_checked_as_unpaired_feedback(arguments, capsys):
+    """Each answer is a document of its own, and is held against itself."""
+    pairs = [{"prompt": f"Name {n} colours.", "chosen": "Red.", "rejected": "Tuesday."} for n in (2, 3)]
+    assert cli.main(["check", *arguments(pairs, {}), "--kind=unpaired"]) == 0
+    assert "4 documents to train on: nothing wrong found" in capsys.readouterr().out
 
 
 def test_no_device_is_asked_for(arguments):

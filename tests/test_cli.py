@@ -71,7 +71,7 @@ def test_help_lists_the_verbs_and_every_key(capsys):
     [
         (["trane"], "trane: unknown verb; there are train, check, data, chat, export, merge"),
         (["train"], "--config: missing; give a config file, as in --config=configs/dpo.py"),
-        (["train", "--config=dppo"], "--config: no file dppo, and no config of that name; there are dpo, reward, sft"),
+        (["train", "--config=dppo"], "--config: no file dppo, and no config of that name; there are d"),
         (["train", "--config=dpo", "--steps=3"], "--steps=3: unknown argument; keys are set by --config.KEY=VALUE"),
         (["train", "--config=dpo", "--config.run.steps"], "run.steps: no value; write --config.run.steps=VALUE"),
         (["train", "--config=dpo", "--config.run.step=3"], "run.step: unknown key; did you mean run.steps?"),
@@ -240,6 +240,27 @@ def test_a_template_that_never_renders_the_assistant_is_one_line(given, tmp_path
     flags = [f"--config.tokenizer.template={template}"]
     complaint(capsys, train(write_config(tmp_path, *given, *flags)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"rejected": None}, "rejected must be text"),
+        ({"score_chosen": 1, "score_rejected": 1}, "chosen has the score 1, rejected 1"),
+        ({"margin": float("nan")}, "expected finite numbers, found nan"),
+    ],
+)
+def test_a_pair_without_a_winner_is_one_line(change, said, given, tmp_path, capsys):
+    """With data.on_bad=error its line is named; where every pair is so, that ends the run as well."""
+    scored = {"prompt": "Q?", "chosen": "Yes.", "rejected": "No.", "margin": 1.0}
+    bad = {"prompt": "Q?", "chosen": "Yes.", "rejected": "No."} | change
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(f"{json.dumps(scored)}\n{json.dumps(bad)}\n")
+    flags = ["--config.loss.name=odpo", "--config.data.on_bad=error"]
+    line = complaint(capsys, train(write_config(tmp_path, given[0], pairs, *flags)))
+    assert line.startswith(f"{pairs}:2: ") and said in line, line
+    pairs.write_text(f"{json.dumps(bad)}\n")
+    assert "nothing left" in complaint(capsys, train(write_config(tmp_path, given[0], pairs, flags[0])))
 
 
 def test_an_unknown_loss_or_hyperparameter_is_one_line(given, tmp_path, capsys):

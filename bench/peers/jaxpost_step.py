@@ -7,6 +7,7 @@ jit-compiled step with the state donated, its metrics fetched. R rows of T token
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -67,9 +68,11 @@ def measure(work: dict, options, chunk: int) -> dict:
             return objectives.token_logps_of(policy, frozen["reference"], batch, chunk=chunk)
 
         objective = objectives.preference_objective(
-            policy, preference.sigmoid, beta=BETA, chunk=chunk,
+            policy,
+            {"dpo": (1.0, functools.partial(preference.sigmoid, beta=BETA))},
+            chunk=chunk,
             reference_logps=live_logps if live else objectives.cached_reference,
-        )  # fmt: skip
+        )
         if live:
             frozen = {"reference": jax.tree.map(jnp.copy, params)}
         else:

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpost import cli
+from jaxpost.config import STAGES_OF_PAIRS
 from jaxpost.errors import ConfigError
 
-KIND = {"sft": "sft", "dpo": "preference", "reward": "ranking"}  # the kind of documents that a stage trains on
+# The kind of documents that a stage trains on.
+KIND = {"sft": "sft", "kto": "unpaired", "reward": "ranking"} | dict.fromkeys(STAGES_OF_PAIRS, "preference")
 
 
 def run(arguments: list[str]) -> None:
@@ -24,7 +26,7 @@ def run(arguments: list[str]) -> None:
     from jaxpost.train.setup import open_data, open_model, preflight_findings
 
     kind, kinds = flags.kind or KIND[config.stage], {form.kind: None for form in formats.FORMATS.values()}
-    if kind not in kinds:
+    if not any(form.fits(kind) for form in formats.FORMATS.values()):
         raise ConfigError(f"--kind: no format holds {kind!r}; there are {', '.join(kinds)}")
     console = Console()
     model = open_model(config, mesh=None)

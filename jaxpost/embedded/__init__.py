@@ -9,6 +9,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
+from jaxpost.config import STAGES_OF_PAIRS
 from jaxpost.embedded.dialogues import Score, score
 from jaxpost.errors import ConfigError
 
@@ -29,10 +30,8 @@ FILES = {
 DATA = {
     ("sft", "train"): (("instructions", 1.0), ("replay", 1.0)),
     ("sft", "eval"): (("instructions_eval", 1.0),),
-    ("dpo", "train"): (("preferences", 1.0),),
-    ("dpo", "eval"): (("preferences_eval", 1.0),),
-    ("reward", "train"): (("preferences", 1.0),),
-    ("reward", "eval"): (("preferences_eval", 1.0),),
+    **{(stage, "train"): (("preferences", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto", "reward")},
+    **{(stage, "eval"): (("preferences_eval", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto", "reward")},
 }
 
 

@@ -1,11 +1,14 @@
 """Preference losses. Each takes the log-probabilities of P pairs and returns one value per pair, f32[P].
 
-To add one: write a function `(policy, reference, *, hyperparameters) -> f32[P]` and decorate it with `@preference`.
+To add one: write a function `(policy, reference, *, hyperparameters) -> f32[P]` and decorate it with `@preference`,
+where a loss that reads no reference says so (`Traits`).
+
 Throughout, y_w is the chosen and y_l the rejected answer to x, r(x, y) = beta * log(pi(y | x) / pi_ref(y | x)) the
 implicit reward, h = r(x, y_w) - r(x, y_l) the margin, sigma the logistic function. `reference=None` is a uniform
 reference: r = beta * log pi.
 """
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -20,28 +23,36 @@ if TYPE_CHECKING:
 LOSSES = {}  # name in a config -> function
 
 
-def preference(
-    loss=None,
-    *,
-    reads_reference: bool = True,
-    any_divergence: bool = False,
-    per_token: bool = False,
-    mean_rewards: bool = False,
-):
-    """Makes `loss` known to configs by its name.
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What the caller of a loss must know besides its values.
 
-    reads_reference: False spares the reference model. any_divergence: `with_divergence` may come before it.
-    per_token: its mean is over the chosen tokens, not over pairs. mean_rewards: it compares mean, not summed,
-    log-probabilities, and so do the rewards that are logged.
+    reads_reference: False spares the reference model. reads_margin: it needs `policy.margin`. any_divergence:
+    `with_divergence` may come before it. per_token: its mean is over the chosen tokens, not over pairs. mean_rewards:
+    it compares mean, not summed, log-probabilities, and so do the rewards that are logged.
     """
 
+    reads_reference: bool = True
+    reads_margin: bool = False
+    any_divergence: bool = False
+    per_token: bool = False
+    mean_rewards: bool = False
+
+
+def preference(loss=None, **traits: bool):
+    """Makes `loss` known to configs by its name; `traits` as in `Traits`."""
+
     def add(loss):
-        loss.reads_reference, loss.any_divergence = reads_reference, any_divergence
-        loss.per_token, loss.mean_rewards = per_token, mean_rewards
+        loss.traits = Traits(**traits)
         LOSSES[loss.__name__] = loss
         return loss
 
     return add if loss is None else add(loss)
+
+
+def traits_of(loss) -> Traits:
+    """Those of a loss, also with hyperparameters bound; the defaults where it was never decorated."""
+    return getattr(getattr(loss, "func", loss), "traits", Traits())
 
 
 def smoothed(margin, label_smoothing: float = 0.0):
@@ -76,7 +87,7 @@ def sigmoid(
     return smoothed(beta * (chosen - rejected), label_smoothing)
 
 
-@preference(any_divergence=True)
+@preference(any_divergence=True, mean_rewards=True)
 def sigmoid_norm(
     policy: PairLogps,
     reference: PairLogps | None,
@@ -96,26 +107,24 @@ def sigmoid_norm(
     return -jax.nn.log_sigmoid(beta * (chosen - rejected))
 
 
-@preference(any_divergence=True)
+@preference(any_divergence=True, reads_margin=True)
 def odpo(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, alpha: float = 1.0, offset: str = "log"
+    policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, alpha: float = 1.0, log_offset: bool = True
 ) -> "Float[Array, 'P']":
-    """ODPO, DPO with an offset: -log sigma(h - alpha * f(s_w - s_l)), s the scores that the data give.
+    """ODPO, DPO with an offset: -log sigma(h - alpha * log(s_w - s_l)), s the scores that the data give.
 
-    f is log, or with offset="linear" the identity. Needs `policy.margin` = s_w - s_l, above 0 where f is log.
+    Needs `policy.margin` = s_w - s_l > 0. log_offset=False takes the difference itself, not its logarithm.
     Amini et al. 2024, "Direct Preference Optimization with an Offset", arXiv:2402.10571, equations 6 and 7.
 
     >>> same = PairLogps(jnp.array([-5.0]), jnp.array([-7.0]), margin=jnp.array([1.0]))
-    >>> print(odpo(same, same), odpo(same, same, offset="linear"))  # ln 2 ; -log sigma(-1)
+    >>> print(odpo(same, same), odpo(same, same, log_offset=False))  # ln 2 ; -log sigma(-1)
     [0.6931472] [1.3132617]
     """
-    if offset not in ("log", "linear"):
-        raise ValueError(f"offset: {offset!r}, expected log or linear")
     chosen, rejected = implicit_rewards(policy, reference, beta=beta)
-    return smoothed(chosen - rejected - alpha * (jnp.log(policy.margin) if offset == "log" else policy.margin))
+    return smoothed(chosen - rejected - alpha * (jnp.log(policy.margin) if log_offset else policy.margin))
 
 
-@preference(any_divergence=True)
+@preference(any_divergence=True, mean_rewards=True)
 def ipo(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> "Float[Array, 'P']":
     """IPO: (d - 1 / (2 beta))^2, d the difference of the log-ratios, here of their means over tokens.
 

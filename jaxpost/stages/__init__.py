@@ -1,5 +1,6 @@
 """One short file a method: a numbered list of calls. `RUN[stage](config)` runs it."""
 
-from jaxpost.stages import dpo, reward, sft
+from jaxpost.stages import dpo, kto, reward, sft
 
-RUN = {"sft": sft.run, "dpo": dpo.run, "reward": reward.run}
+PAIRS = dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), dpo.run)
+RUN = {"sft": sft.run, **PAIRS, "kto": kto.run, "reward": reward.run}

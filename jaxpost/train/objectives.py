@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost.errors import ConfigError
-from jaxpost.losses.preference import PairLogps, implicit_rewards
-from jaxpost.ops.completions import completion_sums
+from jaxpost.losses import preference
+from jaxpost.losses.pairs import PairLogps, implicit_rewards, ld_weights, means, with_divergence, wpo_weights
+from jaxpost.ops.completions import at_tokens, completion_sums, token_index
 from jaxpost.ops.experts import balance_loss, expert_load
 from jaxpost.schema import imported
 from jaxpost.sharding import batch_shards
@@ -19,22 +20,73 @@ CHUNK_TOKENS = {"cpu": 256}  # positions whose logits each shard of the batch ho
 DEFAULT_CHUNK_TOKENS = 1024
 
 
-def bind_loss(settings, known: dict):
-    """The loss `settings.name` (of `known`, or a dotted path `pkg.mod:fn`) with its hyperparameters bound.
+def bind_losses(settings, known: dict) -> dict:
+    """{name: (weight, loss)} of the losses `settings.name` (of `known`, or dotted paths `pkg.mod:fn`), added with
+    `settings.weights`. Each hyperparameter is bound to every loss that takes it.
 
-    Raises ConfigError for a name that is not there and a hyperparameter that the loss does not take, by key.
+    Raises ConfigError, by key, for a name that is not there and a hyperparameter that no loss takes, one needs, or that
+    is of another type than its default.
     """
-    loss = imported("loss.name", settings.name) if ":" in settings.name else known.get(settings.name)
-    if loss is None:
-        raise ConfigError(f"loss.name: no loss {settings.name!r}; there are {', '.join(known)}, or give pkg.mod:fn")
-    takes = {p.name: p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    for name in settings.hyperparameters:
-        if name not in takes:
-            raise ConfigError(f"loss.{name}: {settings.name} takes {', '.join(takes) or 'no hyperparameters'}")
-    for name, parameter in takes.items():
-        if parameter.default is parameter.empty and name not in settings.hyperparameters:
-            raise ConfigError(f"loss.{name}: missing; {settings.name} needs it")
-    return functools.partial(loss, **settings.hyperparameters)
+    names, given, losses = settings.name, settings.hyperparameters, {}
+    for name in names:
+        loss = imported("loss.name", name) if ":" in name else known.get(name)
+        if loss is None:
+            raise ConfigError(f"loss.name: no loss {name!r}; there are {', '.join(known)}, or give pkg.mod:fn")
+        losses[name] = loss
+    takes = {name: _keyword_only(loss) for name, loss in losses.items()}
+    for name in given:
+        if not any(name in parameters for parameters in takes.values()):
+            every = sorted({parameter for parameters in takes.values() for parameter in parameters})
+            raise ConfigError(f"loss.{name}: {' and '.join(names)} takes {', '.join(every) or 'no hyperparameters'}")
+    bound = {}
+    for (name, loss), weight in zip(losses.items(), settings.weights or (1.0,) * len(names), strict=True):
+        for key, parameter in takes[name].items():
+            _check_hyperparameter(f"loss.{key}", name, parameter, given)
+        bound[name] = weight, functools.partial(loss, **{k: v for k, v in given.items() if k in takes[name]})
+    return bound
+
+
+def bind_loss(settings, known: dict):
+    """As `bind_losses`, of a stage whose loss is no sum of several."""
+    if len(settings.name) > 1 or settings.weights is not None:
+        raise ConfigError(f"loss.name: expected one loss without a weight, got {', '.join(settings.name)}")
+    ((_, loss),) = bind_losses(settings, known).values()
+    return loss
+
+
+def preference_losses(settings) -> dict:
+    """`bind_losses` of pairs. Raises ConfigError where a loss is not defined for `settings.divergence`."""
+    losses = bind_losses(settings, preference.LOSSES)
+    traits = {name: preference.traits_of(loss) for name, (_, loss) in losses.items()}
+    reading = {name: t for name, t in traits.items() if t.reads_reference} or traits
+    unfit = [name for name, t in reading.items() if not t.any_divergence]
+    if settings.divergence != "reverse_kl" and unfit:
+        fitting = ", ".join(name for name, loss in preference.LOSSES.items() if loss.traits.any_divergence)
+        raise ConfigError(f"loss.divergence: {settings.divergence}, but {unfit[0]} knows none; {fitting} do")
+    return losses
+
+
+def hyperparameter(loss, name: str, default=None):
+    """The value that a bound loss was given, or its own default; `default` where it takes none of that name."""
+    parameter = inspect.signature(loss).parameters.get(name)
+    return default if parameter is None else parameter.default
+
+
+def _keyword_only(loss) -> dict[str, inspect.Parameter]:
+    return {p.name: p for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_hyperparameter(key: str, loss: str, parameter: inspect.Parameter, given) -> None:
+    default, none = parameter.default, parameter.empty
+    if parameter.name not in given:
+        if default is none:
+            raise ConfigError(f"{key}: missing; {loss} needs it")
+        return
+    value = given[parameter.name]
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)  # noqa: E731
+    for kind, is_one in (("a number", number), ("True or False", lambda x: isinstance(x, bool))):
+        if is_one(default) and not is_one(value):
+            raise ConfigError(f"{key}: expected {kind}, got {value!r}")
 
 
 def logits_chunk(mesh) -> int:
@@ -59,22 +111,49 @@ def cached_reference(frozen, carry, batch: Batch):
     return batch.token["reference_logps"]
 
 
-def preference_objective(policy, loss, *, beta: float, chunk: int, reference_logps=cached_reference):
-    """Mean over pairs of `loss(policy, reference)` (`losses.preference`, hyperparameters bound).
+def preference_objective(
+    policy,
+    losses: dict,
+    *,
+    chunk: int,
+    reference_logps=cached_reference,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+):
+    """Sum of weight * mean over pairs of `loss(policy, reference)` (`losses.preference`, hyperparameters bound).
 
-    reference_logps: as `Reference.logps` (train/reference.py). beta: for the logged rewards.
+    losses: {name: (weight, loss)}; the first one's beta and mean are those of the logged rewards.
+    reference_logps: as `Reference.logps` (train/reference.py); not called where no loss reads them.
+    The rest: what is done to the log-probabilities before (`losses.pairs`).
     """
+    first = next(iter(losses.values()))[1]
+    beta, mean_rewards = hyperparameter(first, "beta", 1.0), preference.traits_of(first).mean_rewards
+    reads_reference = any(preference.traits_of(loss).reads_reference for _, loss in losses.values())
 
     def objective(params, frozen, carry, batch: Batch, key):
         mask = batch.completion["mask"]
         stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
-        policy_pairs = pairs(stats.logps, batch)
-        reference_pairs = pairs(jax.lax.stop_gradient(reference_logps(frozen, carry, batch)), batch)
+        policy_pairs, reference_pairs = pairs(stats.logps, batch, ld_alpha), None
+        if reads_reference:
+            theirs = jax.lax.stop_gradient(reference_logps(frozen, carry, batch))
+            reference_pairs = pairs(theirs, batch, ld_alpha)
         valid = (mask[..., CHOSEN] * mask[..., REJECTED]).reshape(-1)
-        term = Mean((loss(policy_pairs, reference_pairs) * valid).sum(), valid.sum())
+        likely = jnp.ones_like(valid)
+        if wpo:
+            likely = wpo_weights(pairs(stats.logps, batch), pairs(stats.log_sum_sq_probs, batch))
+        for name, (weight, loss) in losses.items():
+            traits, given = preference.traits_of(loss), (policy_pairs, reference_pairs)
+            if traits.any_divergence and divergence != "reverse_kl":
+                given = with_divergence(*given, divergence=divergence, alpha=divergence_alpha), None
+            counts = valid * policy_pairs.chosen_tokens if traits.per_token else valid
+            values = jnp.where(counts > 0, loss(*given) * likely, 0.0)
+            terms[name] = Term(weight, Mean((values * counts).sum(), counts.sum()))
         rewards = implicit_rewards(policy_pairs, reference_pairs, beta=beta)
+        rewards = means(policy_pairs, *rewards) if mean_rewards else rewards
         metrics |= jax.lax.stop_gradient(pair_metrics(policy_pairs, rewards, valid))
-        return {"preference": Term(1.0, term), **terms}, metrics
+        return terms, metrics
 
     return objective
 
@@ -103,14 +182,26 @@ def expert_terms(policy, router, rows) -> tuple[dict[str, Term], dict[str, Mean]
     return terms, {"router/max_load": Mean(busiest * count, count)}
 
 
-def pairs(logps, batch: Batch) -> PairLogps:
-    """Sums over the tokens of each completion, as P = B * M pairs."""
-    documents, branches = batch.completion["mask"].shape[1:]
-    scored = (batch.rows.weights != 0).astype(jnp.float32)
-    sums = completion_sums(logps * scored, batch.rows, documents, branches)
-    tokens = completion_sums(scored, batch.rows, documents, branches)
-    flat = lambda x, branch: x[..., branch].reshape(-1)  # noqa: E731
-    return PairLogps(flat(sums, CHOSEN), flat(sums, REJECTED), flat(tokens, CHOSEN), flat(tokens, REJECTED))
+def pairs(values, batch: Batch, ld_alpha: float = 1.0) -> PairLogps:
+    """Sums of values [B, T] over the trained tokens of each completion, as P = B * M pairs.
+
+    ld_alpha: what a token beyond the shorter of the two completions counts (LD-DPO).
+    """
+    rows, (documents, branches) = batch.rows, batch.completion["mask"].shape[1:]
+    scored = (rows.weights != 0).astype(jnp.float32)
+    tokens = completion_sums(scored, rows, documents, branches)
+    weights = scored
+    if ld_alpha != 1:
+        shorter = at_tokens(jnp.broadcast_to(tokens.min(-1, keepdims=True), tokens.shape), rows)
+        index = token_index(scored, rows, documents, branches)
+        weights = scored * ld_weights(index, shorter, shorter, alpha=ld_alpha)
+    flat = lambda x: [x[..., branch].reshape(-1) for branch in (CHOSEN, REJECTED)]  # noqa: E731
+    margin = None
+    if "score" in batch.completion:
+        chosen, rejected = flat(batch.completion["score"])
+        margin = chosen - rejected
+    sums = completion_sums(values * weights, rows, documents, branches)
+    return PairLogps(*flat(sums), *flat(tokens), margin)
 
 
 def pair_metrics(policy: PairLogps, rewards, valid) -> dict[str, Mean]:

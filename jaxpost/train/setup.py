@@ -17,6 +17,7 @@ from jaxpost.config import STAGES_WITH_SCORES, needs_all_documents
 from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.loader import Loader
+from jaxpost.data.mismatched import Mismatched
 from jaxpost.data.quality import Removal
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
@@ -31,7 +32,7 @@ from jaxpost.sharding import batch_shards, make_mesh, named_shardings
 log = logging.getLogger("jaxpost")
 
 PREFLIGHT_SAMPLE = {"most_documents": 1000, "most_examples": 64}  # before every run; `jaxpost check` looks at all
-BRANCHES = {"sft": 0, "preference": 2}  # completions of a document, by kind of data
+BRANCHES = {"sft": 0, "preference": 2, "scored": 2, "unpaired": 1}  # completions of a document, by kind of data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +247,18 @@ def open_reference_set(config, model: Model):
     return _dataset(config, model, "ranking", paths, None, "ahead").documents
 
 
+def with_mismatched(config, model: Model, data: Data) -> Data:
+    """Data of single completions, each document with an answer to another prompt as its second completion (KTO)."""
+    fits = {"max_tokens": _max_tokens(config, model), "row_tokens": config.batch.tokens_per_row}
+    limits = fits | {"seed": config.run.seed}
+    parts = [part and Mismatched(part, **limits) for part in (data.train, data.eval)]
+    for part in filter(None, parts):
+        if part.cut or part.alone:
+            log.info("mismatched answers: of %d, %d are cut to fit, %d left out", len(part), part.cut, part.alone)
+    identity = data.identity | {"mismatched": limits}
+    return dataclasses.replace(data, train=parts[0], eval=parts[1], branches=2, identity=identity)
+
+
 def train_loader(config, data: Data, plan=None) -> Loader:
     """The order in which a run sees its training documents. plan: see `Loader`."""
     shape, run = _row_shape(config), config.run
@@ -262,6 +275,10 @@ def _row_shape(config) -> dict[str, int]:
     return {name: getattr(config.batch, name) for name in ("rows_per_step", "tokens_per_row", "documents_per_row")}
 
 
+def _max_tokens(config, model: Model) -> int:
+    return config.data.max_tokens or model.policy.config.max_positions
+
+
 def _dataset(config, model: Model, kind: str, sources, inspect, mode: str, quality=None) -> Dataset:
     """Reads the sources. inspect: what looks at the result; see `open_data`. mode: as data.tokenize."""
     kept = config.data.cache_dir
@@ -270,7 +287,7 @@ def _dataset(config, model: Model, kind: str, sources, inspect, mode: str, quali
         tokenizer=model.tokenizer,
         template=model.template,
         kind=kind,
-        max_tokens=config.data.max_tokens or model.policy.config.max_positions,
+        max_tokens=_max_tokens(config, model),
         on_bad=config.data.on_bad,
         on_long=config.data.on_long,
         format=config.data.format,

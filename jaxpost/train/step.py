@@ -5,6 +5,7 @@ The loss is the sum over terms of coefficient * total / weight.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,18 @@ class Carry:
     abstract: Any
     load: Callable[[], Any]
     advance: Callable[[Any, Any, dict[str, Mean], Any], Any]
+
+
+def join(*carries: Carry | None) -> Carry | None:
+    """Carries of dicts as one, that of None left out; None where there is none."""
+    found = [carry for carry in carries if carry is not None]
+
+    def advance(carry, *step):
+        return functools.reduce(lambda carry, one: one.advance(carry, *step), found, carry)
+
+    merge = lambda parts: {name: value for part in parts for name, value in part.items()}  # noqa: E731
+    abstract = merge(carry.abstract for carry in found)
+    return Carry(abstract, lambda: merge(carry.load() for carry in found), advance) if found else None
 
 
 def make_train_step(

@@ -7,7 +7,11 @@ from tests.claims import preference
 from tests.shared import SHARED
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "claims"
-CLAIMS = {"embedded": preference.embedded_world, "real": preference.real_input}
+CLAIMS = {
+    "embedded": preference.embedded_world,
+    "methods": preference.preference_methods,
+    "real": preference.real_input,
+}
 NEED_SHARED = ("real",)
 
 

@@ -1,5 +1,6 @@
 """DPO: on the embedded world, and on real dialogues."""
 
+import tempfile
 import time
 
 import numpy as np
@@ -77,6 +78,43 @@ def real_input() -> list[tuple]:
             ("first loss", seconds, loss[0, 1], "ln 2 to 1e-5", abs(loss[0, 1] - np.log(2)) <= 1e-5),
             ("training accuracy, mean of the last 25 of 100 steps", seconds, late, "above 0.6", late > 0.6),
             (f"accuracy on 200 held-out pairs {interval}", seconds, final["eval/rewards/accuracies"], "reported", True),
+        ]
+    return rows
+
+
+# How each is run: the config, and what is set beside it. DPO itself is measured by `embedded`.
+METHODS = {
+    "IPO": ("dpo", {"name": "ipo", "beta": 0.5}),
+    "APO-zero": ("dpo", {"name": "apo_zero", "beta": 1.0}),
+    "SimPO": ("simpo", {}),
+    "ORPO": ("orpo", {}),
+    "KTO": ("kto", {}),
+}
+MOST_CPU_SECONDS = 240  # two minutes of two cores
+
+
+def preference_methods() -> list[tuple]:
+    """Relatives of DPO on the embedded world, 40 steps each, as their configs have it or with the settings named."""
+    rows = []
+    for name, (stage, loss) in METHODS.items():
+        config = jaxpost.get_config(stage)
+        config.loss.update(loss)
+        config.run.update({"steps": 40, "dir": tempfile.mkdtemp() + "/run", "eval_prompts": 0, "export": False})
+        began = time.process_time()
+        run = jaxpost.run(config)
+        seconds = time.process_time() - began
+        given = " ".join(f"loss.{key}={value}" for key, value in loss.items())
+        how = f"`--config={stage}` {given}".strip() + f", seed {config.run.seed}"
+        accuracy = pair_accuracies(run)[0] if stage == "kto" else run.metrics["eval/rewards/accuracies"][-1, 1]
+        rows += [
+            (f"{name}: accuracy on held-out pairs", how, accuracy, "at least 0.85", accuracy >= 0.85),
+            (
+                f"{name}: CPU seconds of all cores",
+                how,
+                seconds,
+                f"at most {MOST_CPU_SECONDS}",
+                seconds <= MOST_CPU_SECONDS,
+            ),
         ]
     return rows
 

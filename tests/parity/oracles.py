@@ -50,11 +50,11 @@ def dpo(inputs, hyper):
         for name, weight in zip(hyper["loss_type"], hyper["loss_weights"], strict=True):
             loss_fn = preference.LOSSES[name]
             given = policy, reference
-            if loss_fn.any_divergence:
+            if loss_fn.traits.any_divergence:
                 kind = {"divergence": hyper["f_divergence_type"], "alpha": hyper["f_alpha_divergence_coef"]}
                 given = pairs.with_divergence(*given, **kind), None
             values = loss_fn(*given, **hyperparameters(loss_fn, hyper | {"tau": hyper["discopop_tau"]}))
-            share = lengths[0] / lengths[0].sum() if loss_fn.per_token else 1 / count
+            share = lengths[0] / lengths[0].sum() if loss_fn.traits.per_token else 1 / count
             total += weight * (values * wpo * share).sum()
         return total
 

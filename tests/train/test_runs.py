@@ -198,9 +198,9 @@ def test_experts_train_over_an_expert_mesh_and_log_their_load(given, experts, tm
     config["run"]["steps"] = 2
     run = jaxpost.run(config)
     first = run.rows[0] if "loss" in run.rows[0] else run.rows[1]
-    np.testing.assert_allclose(first["loss/preference"], np.log(2), atol=1e-5)
+    np.testing.assert_allclose(first["loss/sigmoid"], np.log(2), atol=1e-5)
     assert 2 <= first["loss/router"] <= 16  # k where the load is even, E * k where one expert has all
-    np.testing.assert_allclose(first["loss"], first["loss/preference"] + 0.5 * first["loss/router"], rtol=1e-5)
+    np.testing.assert_allclose(first["loss"], first["loss/sigmoid"] + 0.5 * first["loss/router"], rtol=1e-5)
     assert 1 <= first["router/max_load"] <= 4
     exported = json.loads((tmp_path / "run/export/config.json").read_text())
     assert exported["model_type"] == "qwen3_moe"

@@ -50,7 +50,7 @@ def pair_batch():
 
 
 def dpo(policy, chunk=64):
-    return preference_objective(policy, functools.partial(preference.sigmoid, beta=0.3), beta=0.3, chunk=chunk)
+    return preference_objective(policy, {"dpo": (1.0, functools.partial(preference.sigmoid, beta=0.3))}, chunk=chunk)
 
 
 def one_step(policy, params, batch, accumulate=1, mesh=None, objective=dpo):
@@ -159,7 +159,7 @@ def test_weights_do_not_cost_a_second_forward_pass(policy, params, pair_batch):
     def bare(state, frozen, batch):
         def loss(params):
             terms, metrics = dpo(policy)(params, None, None, batch, state.key)
-            return terms["preference"].mean.value, metrics
+            return terms["dpo"].mean.value, metrics
 
         return jax.grad(loss, has_aux=True)(state.params)
 
@@ -175,8 +175,7 @@ def test_first_dpo_loss_is_ln_2(policy, params, pair_batch):
     """With the policy as its own reference, live or cached."""
     live = lambda policy: preference_objective(  # noqa: E731
         policy,
-        functools.partial(preference.sigmoid, beta=0.3),
-        beta=0.3,
+        {"dpo": (1.0, functools.partial(preference.sigmoid, beta=0.3))},
         chunk=64,
         reference_logps=lambda frozen, carry, batch: token_logps_of(policy, frozen["reference"], batch, chunk=64),
     )
