@@ -154,6 +154,17 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """Of the stage distill: whose distribution over the next token is learnt."""
+
+    path: str | None = key("the teacher, named as model.path, with the same tokenizer; read in every step", None)
+    outputs: str | None = key("folder that `jaxpost teach` wrote, in place of a loaded teacher", None)
+    top_k: int | None = key("its k likeliest tokens, the rest as one; None = all, or those stored", None, low=1)
+    temperature: float = key("divides the logits of both before they are compared", 1.0, above=0)
+    nll_weight: float = key("weight of the data's own negative log-likelihood, added to the loss", 0.0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "adafactor", "lion", "muon"] = key("muon: on matrices, adamw on the rest", "adamw")
     learning_rate: float = key("peak, per step", 1e-4, above=0)
@@ -214,7 +225,7 @@ class RunConfig:
 class PrecisionConfig:
     params: Literal["float32", "bfloat16"] = key("master weights and optimizer moments", "float32")
     compute: Literal["auto", "float32", "bfloat16"] = key("auto = bfloat16 on accelerators, float32 on CPU", "auto")
-    reference: Literal["auto", "float32", "bfloat16"] = key("weights of the reference; auto = as computed", "auto")
+    reference: Literal["auto", "float32", "bfloat16"] = key("weights of reference, teacher; auto = as computed", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +237,14 @@ class RematConfig:
 class Config:
     """A resolved configuration. Made by `resolve`, never by hand."""
 
-    stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward"] = key("the method")
+    stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward", "distill"] = key("the method")
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
     loss: LossConfig
     reference: ReferenceConfig
     reward: RewardConfig
+    teacher: TeacherConfig
     optimizer: OptimizerConfig
     batch: BatchConfig
     mesh: MeshConfig
@@ -244,6 +256,7 @@ class Config:
 DEFAULT_LOSS = {
     **{"sft": "nll", "dpo": "sigmoid", "orpo": "orpo", "simpo": "simpo", "cpo": "cpo", "kto": "kto"},
     "reward": "bradley_terry",
+    "distill": "forward_kl",
 }
 STAGES_WITH_REFERENCE = ("dpo", "kto")
 STAGES_WITH_SCORES = ("reward",)  # that train scalar heads, not words
@@ -340,6 +353,8 @@ def needs_all_documents(c: Config) -> str | None:
         return "batch.completions=None, the most that any example has"
     if c.stage == "kto":
         return "stage='kto', which pairs each prompt with another's answer"
+    if c.teacher.outputs is not None:
+        return "teacher.outputs, which are of all documents in their order"
     if any(isinstance(amount, dict) for _, amount in c.data.train):
         return "a budget of tokens in data.train"
     return None
@@ -399,6 +414,7 @@ def _contradictions(c: Config):
     if c.data.tokenize == "lazy" and (reason := needs_all_documents(c)):
         yield "data.tokenize", f"'lazy' contradicts {reason}; set 'auto' or 'ahead'"
     yield from _reference_contradictions(c.reference)
+    yield from _teacher_contradictions(c)
 
 
 def _reference_contradictions(reference: ReferenceConfig):
@@ -423,6 +439,17 @@ def _loss_contradictions(stage: str, loss: LossConfig):
         yield f"loss.{name}", f"{getattr(loss, name)!r}, but the stage {stage} {what}"
     if loss.divergence_alpha != LossConfig().divergence_alpha and loss.divergence != "alpha_divergence":
         yield "loss.divergence_alpha", f"{loss.divergence_alpha}, but loss.divergence is {loss.divergence!r}"
+
+
+def _teacher_contradictions(c: Config):
+    if c.stage != "distill":
+        if changed := differences(c.teacher, TeacherConfig()):
+            yield f"teacher.{next(iter(changed))}", f"the stage {c.stage} has no teacher"
+        return
+    if c.teacher.path is None and c.teacher.outputs is None:
+        yield "teacher.path", "missing; give a teacher, or teacher.outputs that `jaxpost teach` wrote"
+    if c.model.adapter is not None:
+        yield "model.adapter", "somebody else's model cannot be distilled; use a family that loads"
 
 
 def _quality_contradictions(quality: QualityConfig):

@@ -140,7 +140,7 @@ WRONG = [
     ("mesh__fsdp", 0, "mesh.fsdp: 0 is out of range; expected at least 1, or -1 for the rest"),
     ("optimizer__name", "adam", "optimizer.name: expected one of adamw, adafactor, lion, muon, got 'adam'"),
     ("run__log_to", ["tensorbord"], "run.log_to: expected one of tensorboard, wandb, got 'tensorbord'"),
-    ("stage", "ppp", "stage: expected one of sft, dpo, orpo, simpo, cpo, kto, reward, got 'ppp'"),
+    ("stage", "ppp", "stage: expected one of sft, dpo, orpo, simpo, cpo, kto, reward, distill, got 'ppp'"),
 ]
 
 
@@ -176,6 +176,22 @@ CONTRADICTIONS = [
     ),
     ({"reference__mode": "live", "reference__cache_dir": "x"}, "reference.cache_dir: reference.mode='live'"),
     ({"reference__mode": "live", "reference__alpha": 0.5}, "reference.alpha: only a reference that moves has one"),
+    ({"stage": "sft", "teacher__top_k": 4}, "teacher.top_k: the stage sft has no teacher"),
+    ({"stage": "distill"}, "teacher.path: missing; give a teacher, or teacher.outputs"),
+    (
+        {
+            "stage": "distill",
+            "teacher__path": "x",
+            "model__adapter": "a:b",
+            "run__export": False,
+            "run__eval_prompts": 0,
+        },
+        "model.adapter: somebody else's model cannot be distilled",
+    ),
+    (
+        {"stage": "distill", "teacher__outputs": "x", "data__tokenize": "lazy"},
+        "data.tokenize: 'lazy' contradicts teacher.outputs",
+    ),
     ({"reference__every": 4}, "reference.every: only a reference that moves has one; reference.mode='cached'"),
 ]
 

@@ -15,6 +15,7 @@ VERBS = {
     "train": "runs the stage that a config describes",
     "check": "shows what a config's data becomes, without training",
     "data": "names file, line and transform of every document in a step's rows",
+    "teach": "keeps what a teacher says of a config's data, to distill from",
     "chat": "talks to a checkpoint",
     "export": "writes a run's weights in Hugging Face layout",
     "merge": "makes one model of several (linear, slerp, ties, dare)",

@@ -11,7 +11,9 @@ from jaxpost.config import STAGES_OF_PAIRS
 from jaxpost.errors import ConfigError
 
 # The kind of documents that a stage trains on.
-KIND = {"sft": "sft", "kto": "unpaired", "reward": "ranking"} | dict.fromkeys(STAGES_OF_PAIRS, "preference")
+KIND = {"sft": "sft", "distill": "sft", "kto": "unpaired", "reward": "ranking"} | dict.fromkeys(
+    STAGES_OF_PAIRS, "preference"
+)
 
 
 def run(arguments: list[str]) -> None:

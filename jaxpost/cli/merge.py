@@ -59,18 +59,16 @@ def check_words(folders: list[str]) -> None:
     """Raises CheckpointError where an id stands for different tokens. A folder without a tokenizer says nothing."""
     from etils import epath
 
-    from jaxpost.data.tokenizers import MODEL_FILES, load_tokenizer
+    from jaxpost.data.tokenizers import MODEL_FILES, first_difference, load_tokenizer
 
     given = [folder for folder in folders if any((epath.Path(folder) / name).exists() for name in MODEL_FILES)]
     lead, *others = [load_tokenizer(folder) for folder in given] or [None]
     for tokenizer in others:
-        for index in range(min(tokenizer.vocab_size, lead.vocab_size)):
-            found, wanted = tokenizer.token(index), lead.token(index)
-            if found != wanted:
-                raise CheckpointError(
-                    f"{tokenizer.name}: token {index} is {found!r}, but {wanted!r} in {lead.name}; "
-                    "models whose tokens differ cannot be merged"
-                )
+        if (index := first_difference(tokenizer, lead)) is not None:
+            raise CheckpointError(
+                f"{tokenizer.name}: token {index} is {tokenizer.token(index)!r}, but {lead.token(index)!r} in "
+                f"{lead.name}; models whose tokens differ cannot be merged"
+            )
 
 
 def _bar(pieces):

@@ -54,6 +54,12 @@ def load_tokenizer(path) -> "Tokenizer":
     return kind(content, settings)
 
 
+def first_difference(one: "Tokenizer", other: "Tokenizer") -> int | None:
+    """The first id that stands for different tokens; None where one vocabulary is the other's beginning."""
+    shared = range(min(one.vocab_size, other.vocab_size))
+    return next((index for index in shared if one.token(index) != other.token(index)), None)
+
+
 def _read_json(name: str, content: bytes) -> dict:
     try:
         value = json.loads(content)

@@ -1,7 +1,7 @@
 """Per-token values of a data set on disk: reference log-probabilities are computed once and read by every later run.
 
 A file is one line of JSON, the number of completions of each document (int32), the number of tokens of each completion
-(int32) and the values (f32), all in the order of the documents, little-endian.
+(int32) and the values (f32 or int32, `width` of them a token), all in the order of the documents, little-endian.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jaxpost.types import Array, Document
 
 FORMAT = "jaxpost values 1"
 HEADER_BYTES = 4096  # more than the first line ever takes
+TYPES = {"f4": (np.dtype("<f4"), np.nan), "i4": (np.dtype("<i4"), -1)}  # by name: the type, and what stands for unset
 
 
 def key(**parts) -> str:
@@ -29,25 +30,27 @@ def key(**parts) -> str:
 
 
 class ValueStore(Sequence):
-    """`store[i]` is the values of document i: an array f32[C_n] for each of its completions.
+    """`store[i]` is the values of document i: an array [C_n], or [C_n, width], for each of its completions.
 
     Make one for documents, set every item, save it; or open one that was saved. An opened local file is memory-mapped,
     so items are read when asked for; a remote one is read whole.
     """
 
     def __init__(self, counts: Array, lengths: Array, values: Array):
-        """counts int[documents]: completions of each; lengths int[completions]: tokens of each; values f32[tokens]."""
+        """counts int[documents]: completions of each; lengths int[completions]: tokens of each; values [tokens, ...],
+        f32, or int32 from 0 on."""
         self._counts, self._lengths, self._values = counts, lengths, values
         self._completion_ends = np.cumsum(counts, dtype=np.int64)
         self._token_ends = np.cumsum(lengths, dtype=np.int64)
 
     @classmethod
-    def for_documents(cls, documents: Iterable[Document]) -> Self:
-        """A store in memory with room for the values of these documents, none of them set."""
+    def for_documents(cls, documents: Iterable[Document], width: int | None = None, type: str = "f4") -> Self:
+        """A store in memory with room for the values of these documents, none of them set. type: of `TYPES`."""
         lengths = [[len(completion) for completion in document.completions] for document in documents]
         counts = np.array([len(document) for document in lengths], np.int32)
         flat = np.array([length for document in lengths for length in document], np.int32)
-        return cls(counts, flat, np.full(flat.sum(), np.nan, "<f4"))
+        dtype, unset = TYPES[type]
+        return cls(counts, flat, np.full((flat.sum(), *([] if width is None else [width])), unset, dtype))
 
     @classmethod
     def open(cls, path: epath.PathLike, key: str) -> Self | None:
@@ -68,12 +71,13 @@ class ValueStore(Sequence):
         header = _header(line)
         if header.get("key") != key:
             raise ValueError("it belongs to another model, data set or template")
-        sizes = [header["documents"], header["completions"], header["tokens"]]
-        expected = len(line) + 1 + 4 * sum(sizes)
+        sizes, width = [header["documents"], header["completions"], header["tokens"]], header.get("width")
+        expected = len(line) + 1 + 4 * (sizes[0] + sizes[1] + sizes[2] * (1 if width is None else width))
         if len(data) != expected:
             raise ValueError(f"it has {len(data)} bytes, a whole one would have {expected}")
         counts, lengths, values = np.split(data[len(line) + 1 :].view("<i4"), np.cumsum(sizes[:-1]))
-        return cls(counts, lengths, values.view("<f4"))
+        values = values.view(TYPES[header.get("type", "f4")][0])
+        return cls(counts, lengths, values if width is None else values.reshape(sizes[2], width))
 
     def save(self, path: epath.PathLike, key: str) -> None:
         """Writes the store; the file appears under its name only once it is whole, in place of one that was there.
@@ -81,13 +85,17 @@ class ValueStore(Sequence):
         Raises:
           DataError: the values of a document are not set, or not numbers.
         """
-        unset = np.flatnonzero(np.isnan(self._values))
+        values = self._values
+        type = next(name for name, (dtype, _) in TYPES.items() if dtype == values.dtype)
+        missing = np.isnan(values) if type == "f4" else values < 0
+        unset = np.flatnonzero(missing if values.ndim == 1 else missing.any(1))
         if unset.size:
             completion = np.searchsorted(self._token_ends, unset[0], side="right")
             document = np.searchsorted(self._completion_ends, completion, side="right")
             raise DataError(f"{path}: the values of document {document} are not set, or not numbers")
-        sizes = {"documents": self._counts.size, "completions": self._lengths.size, "tokens": self._values.size}
-        header = json.dumps({"format": FORMAT, "key": key, **sizes})
+        sizes = {"documents": self._counts.size, "completions": self._lengths.size, "tokens": len(values)}
+        sizes |= {} if values.ndim == 1 else {"width": values.shape[1]}
+        header = json.dumps({"format": FORMAT, "key": key, **sizes, **({} if type == "f4" else {"type": type})})
         header += " " * (-(len(header) + 1) % 4) + "\n"  # the arrays behind it are aligned
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,7 @@ class ValueStore(Sequence):
         try:
             with partial.open("wb") as file:
                 file.write(header.encode())
-                for array, dtype in ((self._counts, "<i4"), (self._lengths, "<i4"), (self._values, "<f4")):
+                for array, dtype in ((self._counts, "<i4"), (self._lengths, "<i4"), (values, TYPES[type][0])):
                     file.write(array.astype(dtype, copy=False).data)
                 file.flush()
                 if not _is_remote(path):
@@ -111,9 +119,9 @@ class ValueStore(Sequence):
         return tuple(self._values[tokens] for tokens in self._token_slices(index))
 
     def __setitem__(self, index: int, completions: Sequence[Array]) -> None:
-        """Sets the values of a document: [C_n] for each completion. Raises ValueError where the lengths differ."""
+        """Sets the values of a document: [C_n, ...] for each completion. Raises ValueError where the shapes differ."""
         for tokens, values in zip(self._token_slices(index), completions, strict=True):
-            if np.shape(values) != (tokens.stop - tokens.start,):
+            if np.shape(values) != (tokens.stop - tokens.start, *self._values.shape[1:]):
                 raise ValueError(f"document {index}: {np.shape(values)} values, {tokens.stop - tokens.start} tokens")
             self._values[tokens] = values
 

@@ -30,6 +30,8 @@ FILES = {
 DATA = {
     ("sft", "train"): (("instructions", 1.0), ("replay", 1.0)),
     ("sft", "eval"): (("instructions_eval", 1.0),),
+    ("distill", "train"): (("instructions", 1.0), ("replay", 1.0)),
+    ("distill", "eval"): (("instructions_eval", 1.0),),
     **{(stage, "train"): (("preferences", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto", "reward")},
     **{(stage, "eval"): (("preferences_eval", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto", "reward")},
 }

@@ -19,7 +19,27 @@ from jaxpost.ops.chunks import (
     zero_gradients,
 )
 from jaxpost.ops.logprobs import Head
-from jaxpost.types import Array
+from jaxpost.types import Array, Rows
+
+
+def map_rows(
+    fn: Callable[[Array, tuple[Array, ...], Any], tuple[Array, ...]],
+    hidden: Array,
+    head: Head,
+    rows: Rows,
+    said: tuple[Array, ...] = (),
+    constants: Any = (),
+    *,
+    chunk: int = 1024,
+) -> tuple[Array, ...]:
+    """[B, T, ...] each, aligned with `rows.tokens` as targets: `map_logits` where `rows.weights` is not 0.
+
+    hidden [B, T, D] and `said` [B, T, ...] at t are of the token at t + 1. fn is given (target, *said) for `aligned`.
+    """
+    later = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
+    scored = later(rows.weights != 0).at[:, -1].set(False)
+    values = map_logits(fn, hidden, head, scored, (later(rows.tokens), *said), constants, chunk=chunk)
+    return tuple(jnp.roll(x, 1, axis=1) for x in values)  # the last position is unscored, so 0 comes in front
 
 
 def map_logits(
@@ -32,11 +52,12 @@ def map_logits(
     *,
     chunk: int = 1024,
 ) -> tuple[Array, ...]:
-    """f32[B, T] each: what `fn` makes of the logits of every scored position, 0 elsewhere.
+    """[B, T, ...] each: what `fn` makes of the logits of every scored position, 0 elsewhere.
 
     Args:
-      fn: (logits f32[N, V], `aligned` at the same positions [N, ...], `constants`) -> values f32[N], any number of
-        them. It is called again in the backward pass, and differentiated by the logits; it closes over no arrays.
+      fn: (logits f32[N, V], `aligned` at the same positions [N, ...], `constants`) -> values [N, ...], any number of
+        them (of whole numbers too, where no gradient is asked for). It is called again in the backward pass, and
+        differentiated by the logits; it closes over no arrays.
       hidden: [B, T, D]. head: the unembedding. Gradients go to these two alone.
       scored: bool[B, T], the positions asked for.
       aligned: arrays [B, T, ...] that belong to the positions (targets, what a teacher says of them).
@@ -56,8 +77,10 @@ def _mapped(static, hidden, weight, bias, scored, aligned, constants):
 def _forward(static, hidden, weight, bias, scored, aligned, constants):
     fn, width, scale, soft_cap = static
     order, count = plan(scored, width)
-    # Zeros where not asked for: a chunk may hold such positions of a shorter row.
-    blank = lambda x: jnp.where(scored.reshape(scored.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))  # noqa: E731
+
+    def blank(x):  # zeros where not asked for: a chunk may hold such positions of a shorter row
+        return jnp.where(scored.reshape(scored.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+
     sorted_hidden, *sorted_aligned = (permute(blank(x), order, width) for x in (hidden, *aligned))
     table = weight.astype(hidden.dtype)
 
@@ -68,11 +91,10 @@ def _forward(static, hidden, weight, bias, scored, aligned, constants):
     def body(i, outputs):
         return tuple(put(out, value, i, width) for out, value in zip(outputs, values(i), strict=True))
 
-    outputs = len(jax.eval_shape(values, 0))
-    start = (jnp.zeros(sorted_hidden.shape[:2], jnp.float32),) * outputs
+    start = tuple(jnp.zeros((*sorted_hidden.shape[:2], *x.shape[1:]), x.dtype) for x in jax.eval_shape(values, 0))
     found = jax.lax.fori_loop(0, count, body, start)
     residuals = sorted_hidden, weight, bias, scored, tuple(sorted_aligned), constants, order, count
-    return tuple(jnp.where(scored, restore(x, order), 0) for x in found), residuals
+    return tuple(blank(restore(x, order)) for x in found), residuals
 
 
 def _backward(static, residuals, cotangents):

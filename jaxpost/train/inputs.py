@@ -24,10 +24,14 @@ def describe(config, model, data) -> dict[str, str]:
         "template": model.template.fingerprint,
     }
     models = {"model": model}
-    if config.reference.path is not None:
-        models["reference"] = open_model(config, mesh=None, path=config.reference.path)
+    for name in ("reference", "teacher"):
+        if (path := getattr(config, name).path) is not None:
+            models[name] = open_model(config, mesh=None, path=path)
     for name, opened in models.items():
         found |= {f"{name}: {opened.path / file}": digest for file, digest in model_files(opened).items()}
+    if config.teacher.outputs is not None:
+        manifest = epath.Path(config.teacher.outputs) / "teacher.json"
+        found[f"teacher: {manifest}"] = _sha256(manifest, *_stamp(manifest))
     return found | {f"data: {path}": digest for path, digest in data.files.items()}
 
 

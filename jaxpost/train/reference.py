@@ -15,14 +15,12 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxpost import __version__
-from jaxpost.data.rows import gather_completions
 from jaxpost.data.values import ValueStore, attach, key
 from jaxpost.errors import ConfigError
-from jaxpost.sharding import batch_sharding
 from jaxpost.train.inputs import model_files
 from jaxpost.train.objectives import cached_reference, token_logps_of
-from jaxpost.train.progress import track
-from jaxpost.train.setup import Data, Model, cache_folder, one_pass, open_reference, train_loader
+from jaxpost.train.per_token import fill
+from jaxpost.train.setup import Data, Model, cache_folder, open_reference, train_loader
 from jaxpost.train.step import Carry
 
 log = logging.getLogger("jaxpost")
@@ -132,15 +130,7 @@ def _store(documents, digest: str, config, compute: Callable[[], ValueStore]) ->
 
 def compute_logps(documents, config, policy, params, mesh, chunk: int, branches: int = 2) -> ValueStore:
     """f32[C_n] of each completion, by packing all documents into rows once."""
-    loader = one_pass(config, documents, branches)
-    logps = jax.jit(lambda params, batch: token_logps_of(policy, params, batch, chunk=chunk))
+    logps = jax.jit(lambda params, batch: (token_logps_of(policy, params, batch, chunk=chunk),))
     store = ValueStore.for_documents(documents)
-    for step in track(range(loader.steps_in_epoch(0)), "reference log-probabilities"):
-        batch = loader.batch(step)
-        with jax.set_mesh(mesh):
-            values = logps(params, jax.device_put(batch, batch_sharding(mesh)))
-        members = loader.rows_documents(step)
-        for indices, found in zip(members, gather_completions(jax.device_get(values), batch.rows), strict=False):
-            for index, completions in zip(indices, found, strict=True):
-                store[index] = completions
+    fill([store], documents, functools.partial(logps, params), config, mesh, branches, "reference log-probabilities")
     return store

@@ -202,9 +202,14 @@ def open_reference(config, model: Model, mesh) -> Model:
             )
     else:
         other = model
-    dtype = other.policy.compute_dtype if config.precision.reference == "auto" else config.precision.reference
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), other.abstract)
-    return dataclasses.replace(other, abstract=abstract)
+    return reference_weights(config, other)
+
+
+def reference_weights(config, model: Model) -> Model:
+    """The model, held in the type that precision.reference says: it is never trained."""
+    dtype = model.policy.compute_dtype if config.precision.reference == "auto" else config.precision.reference
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.abstract)
+    return dataclasses.replace(model, abstract=abstract)
 
 
 def open_data(config, model: Model, kind: str, inspect=None) -> Data:

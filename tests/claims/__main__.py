@@ -3,13 +3,14 @@
 import pathlib
 import sys
 
-from tests.claims import preference
+from tests.claims import distillation, preference
 from tests.shared import SHARED
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "claims"
 CLAIMS = {
     "embedded": preference.embedded_world,
     "methods": preference.preference_methods,
+    "distill": distillation.distilled,
     "real": preference.real_input,
 }
 NEED_SHARED = ("real",)

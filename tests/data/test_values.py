@@ -147,6 +147,29 @@ def test_values_of_other_lengths_are_refused():
         store[0] = [[1.0, 2.0, 3.0]]
 
 
+def test_several_values_a_token_are_kept_in_their_type(tmp_path):
+    """Their file is read back with its shape, attached, laid out in rows and gathered again."""
+    rng = np.random.default_rng(0)
+    shapes = [[(len(c), 4) for c in document.completions] for document in DOCUMENTS]
+    for type, draw in (("i4", lambda s: rng.integers(0, 99, s, np.int32)), ("f4", lambda s: rng.random(s, np.float32))):
+        values = [tuple(draw(shape) for shape in document) for document in shapes]
+        store = ValueStore.for_documents(DOCUMENTS, 4, type)
+        with pytest.raises(DataError, match="the values of document 0 are not set"):
+            store.save(tmp_path / type, KEY)
+        for index, document in enumerate(values):
+            store[index] = document
+        store.save(tmp_path / type, KEY)
+        opened = ValueStore.open(tmp_path / type, KEY)
+        assert opened[0][0].shape == (3, 4) and opened[0][0].dtype == np.dtype(type)
+        batch = build_batch(
+            [attach(DOCUMENTS, "top", opened)], rows_per_step=1, tokens_per_row=32, documents_per_row=3, branches=3
+        )
+        assert batch.token["top"].shape == (1, 32, 4) and batch.token["top"].dtype == np.dtype(type)
+        for found, expected in zip(gather_completions(batch.token["top"], batch.rows)[0], values, strict=True):
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
 class TestKey:
     def test_depends_on_every_part_and_on_no_order(self):
         assert key(a=1, b=[2, {"c": "d"}]) == key(b=[2, {"c": "d"}], a=1)
