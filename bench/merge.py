@@ -1,6 +1,6 @@
 """What merging takes: time, and the peak memory of a process that merges models larger than it ever holds.
 
-    python bench/merge.py                       # a billion parameters in bfloat16, every method
+    python bench/merge.py                       # 0.87 billion parameters in bfloat16, every method
     python bench/merge.py --layers 20 --methods ties
 
 Models of random weights in the shape of Llama, the embedding of 128,256 words included. The peak is the process's own
@@ -73,7 +73,7 @@ def measure(arguments: list[str]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--folder", help="where to write the models (the system's temporary folder)")
     flags = parser.parse_args()
