@@ -6,9 +6,10 @@ Paper: Agarwal et al. 2023, On-Policy Distillation of Language Models, equation 
 after Hinton et al. 2015, Distilling the Knowledge in a Neural Network (https://arxiv.org/abs/1503.02531).
 
 Trains: the embedded base model, towards the embedded SFT model on the embedded instructions.
-Expected:     asked a question, the base goes on with more questions; 50 steps later 86 % of the held-out questions are
-              answered right, 100 steps later 98 %. The divergence on held-out answers falls from 2.9 nats a token to
-              0.01 (a run of 200 steps, evaluated every 50).
+Expected:     asked a question, the base goes on with more questions; afterwards it answers as its teacher does: 96 to
+              98 % of the held-out questions right (the teacher 96 %). The divergence on held-out answers falls from 2.9
+              nats a token to 0.01 (docs/claims/distill.md).
+Time:         100 steps; 6 to 10 minutes on 2 CPU cores that much else was using.
 Command:      python -m jaxpost.main --config=configs/distill.py
 From a file:  jaxpost teach --config=distill --config.teacher.top_k=16 --to=teacher
               jaxpost train --config=distill --config.teacher.path=None --config.teacher.outputs=teacher

@@ -15,6 +15,7 @@ from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.losses import distill
 from jaxpost.models.policy import Policy
+from jaxpost.sharding import batch_sharding, make_mesh, named_shardings
 from jaxpost.train.distill import IDS, LOGPS, distill_objective, likeliest, live_teacher, stored_teacher
 from jaxpost.train.step import make_train_step
 from jaxpost.types import Batch, Document, Origin, TrainState
@@ -107,6 +108,24 @@ def test_the_top_of_all_tokens_is_all_tokens(models, batch):
     (whole, _), grads = value_and_grad(models, batch, distill.forward_kl)
     (top, _), top_grads = value_and_grad(models, batch, distill.forward_kl, top_k=V)
     assert_close((top, top_grads), (whole, grads))
+
+
+def test_eight_devices_equal_one(models, batch):
+    """Student and teacher split over rows, hidden size and vocabulary."""
+    fn, frozen = objective(models, distill.forward_kl, top_k=5)
+    (student, own), (teacher, _) = models
+
+    def total(params, frozen, batch):
+        terms, _ = fn(params, frozen, None, batch, jax.random.key(0))
+        return terms["divergence"].mean.value
+
+    mesh = make_mesh(fsdp=2, tensor=4)
+    at, teacher_at = (named_shardings(policy.axes(), mesh, policy.abstract()) for policy in (student, teacher))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((own, frozen, batch), (at, {"teacher": teacher_at}, batch_sharding(mesh)))
+        found = jax.jit(jax.value_and_grad(total))(*placed)
+    (wanted, _), grads = value_and_grad(models, batch, distill.forward_kl, top_k=5)
+    assert_close(found, (wanted, grads))
 
 
 def with_outputs(models, batch, top_k) -> Batch:
