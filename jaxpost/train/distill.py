@@ -92,7 +92,8 @@ def live_pair(student, said, head: Head, *, temperature: float, top_k: int | Non
     (hidden,) = said
     teacher = teacher_logps(logits(hidden, head), student.shape[1], temperature)
     if top_k is not None:
-        return stored_pair(student, jax.lax.top_k(teacher, top_k)[::-1], teacher.shape[1], temperature=temperature)
+        logps, ids = jax.lax.top_k(teacher, top_k)
+        return stored_pair(student, (ids, logps), teacher.shape[1], temperature=temperature)
     return distill.logps(student[:, : teacher.shape[1]], temperature=temperature), teacher
 
 
