@@ -16,6 +16,11 @@ KIND = {"sft": "sft", "distill": "sft", "kto": "unpaired", "reward": "ranking"} 
 )
 
 
+def kind_of(config) -> str:
+    """The kind of documents that the config's stage trains on."""
+    return "stepwise" if (config.stage, config.loss.name) == ("reward", "process") else KIND[config.stage]
+
+
 def run(arguments: list[str]) -> None:
     parser = cli.config_parser("check")
     parser.add_argument("--examples", type=_count, default=3, metavar="N", help="examples printed token by token (3)")
@@ -27,7 +32,7 @@ def run(arguments: list[str]) -> None:
     from jaxpost.data import formats, preflight  # after the config is found good: setup loads jax
     from jaxpost.train.setup import open_data, open_model, preflight_findings
 
-    kind, kinds = flags.kind or KIND[config.stage], {form.kind: None for form in formats.FORMATS.values()}
+    kind, kinds = flags.kind or kind_of(config), {form.kind: None for form in formats.FORMATS.values()}
     if not any(form.fits(kind) for form in formats.FORMATS.values()):
         raise ConfigError(f"--kind: no format holds {kind!r}; there are {', '.join(kinds)}")
     console = Console()

@@ -20,12 +20,12 @@ def run(arguments: list[str]) -> None:
         config = _config_of(flags.run)
     from etils import epath  # after the config is found good: setup loads jax
 
-    from jaxpost.cli.check import KIND
+    from jaxpost.cli.check import kind_of
     from jaxpost.train import inputs
     from jaxpost.train.setup import open_data, open_model, train_loader
 
     model = open_model(config, mesh=None)
-    data = open_data(config, model, KIND[config.stage])
+    data = open_data(config, model, kind_of(config))
     try:
         plan = None
         if flags.run is not None:

@@ -74,6 +74,7 @@ def encode(
             parts = [(NO_PROMPT, [piece]) for piece in _pieces(sequences[0], max_tokens)]
         else:
             parts = [(NO_PROMPT, [_shortened(sequences[0], tokenizer.bos_id, max_tokens, on_long)])]
+        steps = _step_ends(example, template, tokenizer) if example.steps else ()
     except ExampleFault as fault:
         raise ExampleFault(fault.reason, fault.detail, example.origin) from None
     excess = max(len(sequence.ids) for sequence in sequences) - max_tokens
@@ -88,7 +89,8 @@ def encode(
             example_id=example_id,
             origin=example.origin,
             transform=f"{example.format}, " + (f"{part} {n} of {len(parts)}" if len(parts) > 1 else change),
-            completion=_values_of(example, n - 1),
+            completion={} if steps else _values_of(example, n - 1),
+            token=_step_values(example, steps, len(completions[0].ids)) if steps else {},
         )
         for n, (prompt, completions) in enumerate(parts, start=1)
     ]
@@ -104,14 +106,40 @@ def _values_of(example: Example, part: int) -> dict[str, tuple[float, ...]]:
 
 def _sequence(example: Example, completion, template: Template, tokenizer: Tokenizer) -> Sequence:
     """Prompt and one completion, as text with spans, then as tokens."""
+    return _tokenize(_rendered(example, completion, template, tokenizer), tokenizer)
+
+
+def _rendered(example: Example, completion, template: Template, tokenizer: Tokenizer) -> Rendered:
     if isinstance(completion, str):
         prompt = example.prompt or ""
         end = tokenizer.special_tokens.get("eos_token", "")
         text = prompt + completion + ("" if end and completion.endswith(end) else end)
-        return _tokenize(Rendered(text, ((len(prompt), len(text)),)), tokenizer)
+        return Rendered(text, ((len(prompt), len(text)),))
     messages, tools, seen = (*example.prompt.messages, *completion), example.prompt.tools, len(example.prompt.messages)
     template.check_ends(messages, trained_from=seen)
-    return _tokenize(template.render(messages, tools, trained_from=seen), tokenizer)
+    return template.render(messages, tools, trained_from=seen)
+
+
+def _step_ends(example: Example, template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Where each step ends: how many tokens from the end of the sequence the token with its last character stands."""
+    rendered = _rendered(example, example.completions[0], template, tokenizer)
+    ids, offsets = tokenizer.encode_with_offsets(rendered.text, rendered.breaks)
+    start = rendered.text.rfind("\n".join(example.steps))
+    if start < 0:
+        raise ExampleFault("steps_not_shown", "the template does not show the steps as they are written")
+    ends = start + np.cumsum([len(step) + 1 for step in example.steps]) - 1
+    places = np.searchsorted([end for _, end in offsets], ends)
+    if len(set(places.tolist())) < len(places):
+        raise ExampleFault("steps_share_a_token", "two steps end within one token")
+    return (len(ids) - places).tolist()
+
+
+def _step_values(example: Example, ends: list[int], length: int) -> dict[str, tuple[np.ndarray]]:
+    """Per token: `step` is 1 at the end of each step, `label` its label there; 0 elsewhere."""
+    step, label = np.zeros(length, np.float32), np.zeros(length, np.float32)
+    places = length - np.array(ends)
+    step[places], label[places] = 1, example.values["label"]
+    return {"step": (step,), "label": (label,)}
 
 
 def _question(example: Example, template: Template, tokenizer: Tokenizer) -> Sequence:

@@ -40,6 +40,8 @@ class Example:
     kind "ranking": `completions` are two or more, best first, and `values["score"]` says how good each is. Some of the
       scores may be equal, never all.
     kind "unpaired": completions that stand alone, and `values["label"]` is 1 where one is good, 0 where it is bad.
+    kind "stepwise": one completion, the `steps` joined by newlines, and `values["label"]` says of each how right it is,
+      0 to 1.
     kind "prompt": no completion: a question to be answered by the model.
     """
 
@@ -48,12 +50,14 @@ class Example:
     completions: tuple[Completed, ...]
     origin: Origin
     format: str
-    values: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # one per completion
+    values: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # one per completion, or per step
+    steps: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """`required` and `optional` keys; `kind` is what it trains: "sft", "preference", "ranking", "unpaired", "prompt".
+    """`required` and `optional` keys; `kind` is what it trains: "sft", "preference", "ranking", "stepwise",
+    "unpaired", "prompt".
 
     beside: the file, relative to this one's folder, whose record with the same `id` adds its keys; "{name}" is the name
     of this one.
@@ -77,7 +81,7 @@ KEYS: set[str] = set()  # what any format reads
 
 
 def register(name: str, kind: str, required: str, optional: str = "", beside: str | None = None):
-    """Registers `parse(record) -> (kind, prompt, completions[, values])` under a name, with the keys it reads."""
+    """Registers `parse(record) -> (kind, prompt, completions[, values[, steps]])` under a name, with its keys."""
 
     def add(parse):
         FORMATS[name] = Format(name, kind, frozenset(required.split()), frozenset(optional.split()), parse, beside)
@@ -311,6 +315,25 @@ def gsm8k_solutions(record: dict):
         raise ExampleFault("bad_solution", "each model's entry must be an object with solution and is_correct")
     completions = [_answer(solution["solution"], "solution") for solution in solutions]
     return _ranked(prompt, completions, [float(solution["is_correct"]) for solution in solutions])
+
+
+@register("stepwise", "stepwise", "prompt completions labels", "tools")
+def stepwise(record: dict):
+    """prompt (raw text, or messages), completions: the steps of one answer, and labels: of each, true where right"""
+    steps, labels = record["completions"], record["labels"]
+    if not isinstance(steps, list) or not isinstance(labels, list) or not 0 < len(steps) == len(labels):
+        raise ExampleFault("bad_labels", "completions and labels must be lists of equally many, at least one")
+    if not all(_is_number(label) or isinstance(label, bool) for label in labels) or not all(
+        0 <= x <= 1 for x in labels
+    ):
+        raise ExampleFault("bad_labels", f"labels must be true, false or numbers from 0 to 1, found {labels}")
+    if not all(as_text(step, "completions").strip() for step in steps):
+        raise ExampleFault("empty_completion", "a step is empty")
+    answer, values = "\n".join(steps), {"label": tuple(map(float, labels))}
+    if isinstance(record["prompt"], str):
+        return "stepwise", record["prompt"], (answer,), values, tuple(steps)
+    prompt = Conversation(as_messages(record["prompt"], "prompt"), as_tools(record.get("tools")))
+    return "stepwise", prompt, (_answer(answer, "completions"),), values, tuple(steps)
 
 
 @register("unpaired", "unpaired", "prompt completion label", "tools")

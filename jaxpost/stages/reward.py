@@ -3,12 +3,14 @@
 Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv:2203.02155, step 2.
 """
 
+import functools
+
 from jaxpost.losses import reward
 from jaxpost.train.folder import choose_folder
 from jaxpost.train.loop import fit
 from jaxpost.train.objectives import bind_loss
 from jaxpost.train.ranking import RewardEvaluator, write_report
-from jaxpost.train.reward import reward_objective
+from jaxpost.train.reward import process_objective, reward_objective
 from jaxpost.train.run import Run
 from jaxpost.train.setup import open_data, open_mesh, open_model, open_reference_set
 
@@ -21,6 +23,11 @@ def run(config) -> Run:
     folder, resume = choose_folder(config)
     mesh = open_mesh(config)
     model = open_model(config, mesh)
+    fitted = functools.partial(fit, config, folder, resume, mesh=mesh, model=model, load_params=model.load)
+    if config.loss.name == "process":
+        # 3. to 5. for answers of several steps: score each step at its last token, against its label.
+        data = open_data(config, model, "stepwise")
+        return fitted(data=data, objective=process_objective(model.policy, loss))
     # 3. Rankings become documents with one prompt and a branch for each completion, best first; a pair is one of two.
     data = open_data(config, model, "ranking")
     # 4. Score each completion at its last token; minimise -log sigma(r_chosen - r_rejected), or a relative of it.
@@ -34,17 +41,7 @@ def run(config) -> Run:
     )
     # 5. Whatever is saved says what makes its scores have mean 0 and spread 1 on a reference set.
     evaluator = RewardEvaluator(config, mesh, model, data, objective, open_reference_set(config, model))
-    found = fit(
-        config,
-        folder,
-        resume,
-        mesh=mesh,
-        model=model,
-        data=data,
-        objective=objective,
-        load_params=model.load,
-        evaluator=evaluator,
-    )
+    found = fitted(data=data, objective=objective, evaluator=evaluator)
     # 6. Accuracy, calibration and length bias on the held-out rankings, as tables and as a picture.
     if found.finished and data.eval is not None:
         write_report(folder, data.eval, evaluator.scores(found.params).mean(-1))

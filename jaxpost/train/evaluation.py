@@ -40,6 +40,8 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> Evaluation:
         metrics = self.objective_metrics(state) if self.data.eval is not None else {}
+        if getattr(self.model.policy.config, "num_scores", 0):  # no words to show
+            return Evaluation(metrics, ())
         new_tokens, now = self.config.run.eval_new_tokens, LoadedModel(self.model, state.params, self.mesh)
         if self.in_world and self.config.run.eval_prompts:
 
@@ -66,8 +68,8 @@ class Evaluator:
                 }
                 metrics = {n: m + metrics[n] if metrics else m for n, m in new_metrics.items()}
         found = {"loss": total_loss(terms), **{name: float(mean.value) for name, mean in metrics.items()}}
-        if accuracy := metrics.get("rewards/accuracies"):
-            found |= with_interval("rewards/accuracies", float(accuracy.value), float(accuracy.weight))
+        for name in metrics.keys() & {"rewards/accuracies", "accuracy"}:
+            found |= with_interval(name, float(metrics[name].value), float(metrics[name].weight))
         return found
 
     def batches(self):

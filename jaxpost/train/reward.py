@@ -41,6 +41,27 @@ def reward_objective(policy, loss, *, branches: int, margin: float = 0.0, bootst
     return objective
 
 
+def process_objective(policy, loss):
+    """Mean over the ends of steps and heads of a loss of `losses.reward` that takes (rewards, labels).
+
+    Answers come with `batch.token["step"]`, 1 at the last token of each step, and `["label"]`. frozen and carry are not
+    read. A step counts as judged right where the sign of its score says what its label does.
+    """
+
+    def objective(params, frozen, carry, batch: Batch, key):
+        hidden, router = policy.hidden(params, batch.rows)
+        scores, labels = policy.scores(params, hidden), batch.token["label"][..., None]
+        steps, reward = batch.token["step"], scores.mean(-1)
+        terms, metrics = expert_terms(policy, router, batch.rows)
+        of_steps = lambda values: Mean((values * steps).sum(), steps.sum())  # noqa: E731
+        right = (reward > 0) == (labels[..., 0] > 0.5)
+        metrics |= {"accuracy": of_steps(right.astype(jnp.float32)), "mean_reward": of_steps(reward)}
+        term = of_steps(loss(scores, jnp.broadcast_to(labels, scores.shape)).mean(-1))
+        return {"reward": Term(1.0, term), **terms}, jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
 def taken(loss) -> tuple[str, ...]:
     """The names of a loss's arrays. Raises ConfigError for one that rankings do not hold."""
     parameters = inspect.signature(loss).parameters.values()

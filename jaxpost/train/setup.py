@@ -32,7 +32,7 @@ from jaxpost.sharding import batch_shards, make_mesh, named_shardings
 log = logging.getLogger("jaxpost")
 
 PREFLIGHT_SAMPLE = {"most_documents": 1000, "most_examples": 64}  # before every run; `jaxpost check` looks at all
-BRANCHES = {"sft": 0, "preference": 2, "scored": 2, "unpaired": 1}  # completions of a document, by kind of data
+BRANCHES = {"sft": 0, "preference": 2, "scored": 2, "unpaired": 1, "stepwise": 0}  # completions of a document, by kind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -344,3 +344,36 @@ def test_completions_with_the_same_tokens_are_a_fault(tokenizer):
     with pytest.raises(ExampleFault) as fault:
         run(record, tokenizer, trimming)
     assert fault.value.reason == "equal_completions"
+
+
+# ---- answers of several steps ----
+
+
+STEPS = ["2 + 2 is 4.", "4 + 3 is 8.", "4 + 3 is 8."]
+STEPWISE = {"completions": STEPS, "labels": [True, False, 0.25]}
+
+
+@pytest.mark.parametrize("prompt", ["What is 2 + 2 + 3? ", [USER]])
+def test_labels_stand_at_the_last_token_of_each_step(prompt, tokenizer):
+    document = one({"prompt": prompt, **STEPWISE}, tokenizer, load_template("plain", tokenizer))
+    (ids,), (step,), (label,) = document.completions, document.token["step"], document.token["label"]
+    places = np.flatnonzero(step)
+    assert label[places].tolist() == [1.0, 0.0, 0.25] and not label[step == 0].any()
+    so_far = [tokenizer.decode(ids[: place + 1], skip_special=True) for place in places]
+    for number, text in enumerate(so_far, start=1):
+        assert text.rstrip().endswith("\n".join(STEPS[:number]))
+
+
+def test_a_cut_prompt_leaves_labels_where_the_steps_end(tokenizer):
+    record, template = {"prompt": [USER], **STEPWISE}, load_template("plain", tokenizer)
+    whole = one(record, tokenizer, template)
+    most = len(whole.completions[0]) - 3
+    cut = one(record, tokenizer, template, max_tokens=most, on_long="truncate")
+    for name in ("step", "label"):
+        np.testing.assert_array_equal(cut.token[name][0][1:], whole.token[name][0][4:])
+
+
+def test_steps_that_a_template_rewrites_are_a_fault(tokenizer):
+    shouting = MARKED.replace("m.content", "(m.content | upper)")
+    with pytest.raises(ExampleFault, match="steps_not_shown"):
+        one({"prompt": [USER], **STEPWISE}, tokenizer, shouting)
