@@ -138,7 +138,7 @@ def by_distance(pairs: Pairs) -> list[dict]:
     """Accuracy by the data's own margin: each value of it, or, where there are many, buckets of about equal size."""
     edges = np.unique(pairs.distance)
     if len(edges) > DISTANCES:
-        edges = np.unique(np.quantile(pairs.distance, np.linspace(0, 1, DISTANCES + 1)[:-1], method="lower"))
+        edges = np.unique(np.quantile(pairs.distance, np.linspace(0, 1, DISTANCES + 1)[:-1], method="higher"))
     bucket = np.searchsorted(edges, pairs.distance, side="right") - 1
     found = []
     for number in range(len(edges)):

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from tests.claims import distillation, preference
+from tests.claims import distillation, preference, reward
 from tests.shared import SHARED
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "claims"
@@ -12,8 +12,11 @@ CLAIMS = {
     "methods": preference.preference_methods,
     "distill": distillation.distilled,
     "real": preference.real_input,
+    "reward": reward.embedded_pairs,
+    "rankings": reward.embedded_rankings,
+    "reward_real": reward.dialogues,
 }
-NEED_SHARED = ("real",)
+NEED_SHARED = ("real", "reward", "reward_real")
 
 
 def write(name: str, rows: list[tuple]) -> bool:

@@ -14,7 +14,7 @@ from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.losses import reward
 from jaxpost.models.policy import Policy
-from jaxpost.train.reward import head_weights, ranking_loss, reward_objective, taken
+from jaxpost.train.reward import head_weights, process_objective, ranking_loss, reward_objective, taken
 from jaxpost.train.scores import Scores, completion_scores, joined, normalization, normalized
 from jaxpost.types import Document, Origin
 from tests.models.tiny import random_params, tiny_config
@@ -339,3 +339,41 @@ def test_keys_of_scores_belong_to_stages_of_scores(given, tmp_path, section, key
     config.setdefault(section, {})[key] = value
     with pytest.raises(ConfigError, match=line):
         jaxpost.run(config)
+
+
+# ---- steps of an answer ----
+
+SUMS = [
+    {
+        "prompt": f"What is {n} + 1 + 1?",
+        "completions": [f"{n} + 1 is {n + 1}.", f"Then {n + 2 + n % 2}."],
+        "labels": [1, 1 - n % 2],
+    }
+    for n in range(40)
+]
+
+
+def test_a_process_loss_reads_the_ends_of_steps(scored):
+    policy, params = scored
+    tokens = RNG.integers(4, 48, 12).astype(np.int32)
+    step, label = np.zeros(12, np.float32), np.zeros(12, np.float32)
+    step[[5, 11]], label[5] = 1, 1
+    values = {"step": (step,), "label": (label,)}
+    ones = (np.ones(12, np.float32),)
+    document = Document(np.zeros(0, np.int32), (tokens,), ones, 0, Origin("file", 1), token=values)
+    found, metrics = loss_of(process_objective(policy, reward.process), params, batch_of([[document]], 0, 16))
+    alone = batch_of([[document]], 0, 16).rows
+    scores = np.asarray(policy.scores(params, policy.hidden(params, alone)[0])[0])
+    losses = [np.log1p(np.exp(-scores[5])), np.log1p(np.exp(scores[11]))]
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean([scores[5].mean() > 0, scores[11].mean() <= 0]))
+
+
+@pytest.mark.slow
+def test_a_process_reward_model_trains(given, tmp_path):
+    config = reward_config(given[0], write_rankings(tmp_path / "s.jsonl", SUMS), tmp_path / "run", heads=1, steps=12)
+    config |= {"loss": {"name": "process"}}
+    run = jaxpost.run(config)
+    losses = run.metrics["loss"][:, 1]
+    np.testing.assert_allclose(losses[0], np.log(2), atol=1e-5)
+    assert losses[-1] < losses[0] and {"eval/accuracy_low", "eval/accuracy_high"} <= set(run.metrics)
