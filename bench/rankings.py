@@ -3,8 +3,9 @@
     python bench/rankings.py [--prompt 128] [--completion 64] [--rankings 4] [--steps 7]
 
 Every way trains on the same rankings a step: forward, backward, AdamW, float32 on CPU, model of bench/workload.py with
-one scalar head. Rows are full, so that padding plays no part. The six pairs have the loss of the ranking (all_pairs),
-printed as evidence of equal work. A time is the median over the steps after the first two.
+one scalar head. A document has a row to itself and fills it, so that padding plays no part. The six pairs have the loss
+of the ranking (all_pairs), printed as evidence of equal work. A time is CPU time (all threads) over the number of cores, which a busy machine
+distorts least: the median over the steps after the first two.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--completion", type=int, default=64, help="tokens")
-    parser.add_argument("--rankings", type=int, default=4, help="of a step, one a row")
+    parser.add_argument("--rankings", type=int, default=4, help="of a step")
     parser.add_argument("--steps", type=int, default=7, help="timed steps")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -57,8 +58,8 @@ def main() -> None:
     print("| way | tokens a ranking | ratio | s/step | ratio | first loss |\n|---|---|---|---|---|---|")
     base = None
     for name, (groups, shared) in WAYS.items():
-        rows = [[document(prompt, completions, group, shared) for group in groups] for prompt, completions in given]
-        tokens, (seconds, loss) = sum(d.cost for d in rows[0]), measure(rows, options.steps)
+        rows = [[document(prompt, completions, group, shared)] for prompt, completions in given for group in groups]
+        tokens, (seconds, loss) = len(groups) * rows[0][0].cost, measure(rows, options.steps)
         base = base or (tokens, seconds)
         ratios = tokens / base[0], seconds / base[1]
         print(f"| {name} | {tokens:,} | {ratios[0]:.2f} | {seconds:.3f} | {ratios[1]:.2f} | {loss:.6f} |", flush=True)
@@ -75,8 +76,8 @@ def document(prompt, completions, group, shared: bool) -> Document:
 
 def measure(rows, steps: int) -> tuple[float, float]:
     """(seconds a step, loss before the first)."""
-    tokens, most = sum(document.cost for document in rows[0]), len(rows[0][0].completions)
-    shape = {"rows_per_step": len(rows), "tokens_per_row": tokens, "documents_per_row": len(rows[0])}
+    most = len(rows[0][0].completions)
+    shape = {"rows_per_step": len(rows), "tokens_per_row": rows[0][0].cost, "documents_per_row": 1}
     batch = jax.device_put(build_batch(rows, **shape, branches=most))
     policy = Policy(
         model_config(workload.MODEL | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1})
@@ -88,11 +89,11 @@ def measure(rows, steps: int) -> tuple[float, float]:
     step = jax.jit(make_train_step(reward_objective(policy, loss, branches=most), optimizer), donate_argnums=0)
     first, seconds = None, []
     for _ in range(WARMUP + steps):
-        start = time.perf_counter()
+        start = time.process_time()
         state, metrics = step(state, None, batch)
         value = float(metrics["loss"].value)
         first = value if first is None else first
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.process_time() - start) / os.cpu_count())
     return statistics.median(seconds[WARMUP:]), first
 
 
