@@ -228,7 +228,14 @@ def given(tmp_path_factory):
     return write_model(folder / "model"), write_pairs(folder / "pairs.jsonl")
 
 
-@pytest.mark.parametrize("changes", [{"stage": "simpo"}, {"stage": "orpo"}, {"loss": {"name": "cpo"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage": "orpo"},
+        {"stage": "simpo", "loss": {"name": ["simpo", "sft"], "weights": [1.0, 0.1]}},
+        {"loss": {"name": "cpo", "wpo": True, "ld_alpha": 0.5}},
+    ],
+)
 def test_without_a_reference_nothing_of_it_is_computed(given, tmp_path, monkeypatch, changes):
     """No second policy, and no values of it: a batch that held none would end the step."""
     refuse = lambda *_: pytest.fail("a reference was opened")  # noqa: E731
@@ -236,6 +243,7 @@ def test_without_a_reference_nothing_of_it_is_computed(given, tmp_path, monkeypa
     config = dpo_config(*given, tmp_path / "run", steps=2) | changes
     run = jaxpost.run(config)
     assert np.isfinite(run.metrics["loss"][:, 1]).all() and run.state.carry is None
+    assert ("loss/sft" in run.metrics) == (changes.get("stage") == "simpo")
 
 
 @pytest.mark.parametrize(

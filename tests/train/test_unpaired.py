@@ -14,6 +14,7 @@ from jaxpost import config as configs
 from jaxpost.data.rows import build_batch
 from jaxpost.errors import DataError
 from jaxpost.losses import unpaired
+from jaxpost.sharding import batch_sharding, make_mesh
 from jaxpost.train.objectives import bind_loss
 from jaxpost.train.step import Carry, join, make_train_step
 from jaxpost.train.unpaired import add_rewards, unpaired_objective
@@ -94,6 +95,19 @@ def test_kto_by_a_loop(params, batch, documents):
     assert metrics["rewards/chosen"].weight == 3 and metrics["rewards/rejected"].weight == 6
     tokens = sum(len(d.completions[0]) for d in documents)
     assert metrics["entropy"].weight == tokens  # not of the answers to other prompts
+
+
+def test_eight_devices_estimate_one_divergence(params, batch):
+    """z_0 is the mean over the microbatch of all devices, not each device's own."""
+    mesh = make_mesh(data=8, fsdp=1)
+    objective = jax.jit(objective_of("kto", beta=BETA))
+    alone = objective(params, None, None, batch, None)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((params, batch), batch_sharding(mesh))
+        spread = objective(placed[0], None, None, placed[1], None)
+    assert float(alone[1]["kl"].value) > 0
+    np.testing.assert_allclose(spread[1]["kl"].value, alone[1]["kl"].value, rtol=1e-5)
+    np.testing.assert_allclose(spread[0]["kto"].mean.value, alone[0]["kto"].mean.value, rtol=1e-5)
 
 
 def test_no_gradient_comes_from_the_mismatched(params, batch):
