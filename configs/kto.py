@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "kto"  # kto | bco | apo_zero_unpaired, or a dotted path pkg.mod:fn
-    config.loss.beta = 1.0  # strength of the pull to the reference, per nat; > 0. 1 B and up: 0.05 to 0.5
+    config.loss.beta = 1.0  # strength of the pull to the reference, per nat; > 0. Long answers, 1 B and up: 0.05 to 0.5
     # The paper wants desirable_weight * good / (undesirable_weight * bad) between 1 and 1.33; a run logs the counts.
     config.loss.desirable_weight = 1.0  # of good answers
     config.loss.undesirable_weight = 1.0  # of bad ones

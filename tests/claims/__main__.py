@@ -11,12 +11,13 @@ CLAIMS = {
     "embedded": preference.embedded_world,
     "methods": preference.preference_methods,
     "distill": distillation.distilled,
+    "demo": preference.demo_files,
     "real": preference.real_input,
     "reward": reward.embedded_pairs,
     "rankings": reward.embedded_rankings,
     "reward_real": reward.dialogues,
 }
-NEED_SHARED = ("real", "reward", "reward_real")
+NEED_SHARED = ("demo", "real", "reward", "reward_real")
 
 
 def write(name: str, rows: list[tuple]) -> bool:
