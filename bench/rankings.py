@@ -4,8 +4,8 @@
 
 Every way trains on the same rankings a step: forward, backward, AdamW, float32 on CPU, model of bench/workload.py with
 one scalar head. A document has a row to itself and fills it, so that padding plays no part. The six pairs have the loss
-of the ranking (all_pairs), printed as evidence of equal work. A time is CPU time (all threads) over the number of cores, which a busy machine
-distorts least: the median over the steps after the first two.
+of the ranking (all_pairs), printed as evidence of equal work. A time is CPU time (all threads) over the cores, which a
+busy machine distorts least: the median over the steps after the first two.
 """
 
 import argparse
