@@ -18,7 +18,7 @@ KIND = {"sft": "sft", "distill": "sft", "kto": "unpaired", "reward": "ranking"} 
 
 def kind_of(config) -> str:
     """The kind of documents that the config's stage trains on."""
-    return "stepwise" if (config.stage, config.loss.name) == ("reward", "process") else KIND[config.stage]
+    return "stepwise" if (config.stage, config.loss.name) == ("reward", ("process",)) else KIND[config.stage]
 
 
 def run(arguments: list[str]) -> None:

@@ -369,7 +369,6 @@ def test_a_process_loss_reads_the_ends_of_steps(scored):
     np.testing.assert_allclose(metrics["accuracy"], np.mean([scores[5].mean() > 0, scores[11].mean() <= 0]))
 
 
-@pytest.mark.slow
 def test_a_process_reward_model_trains(given, tmp_path):
     config = reward_config(given[0], write_rankings(tmp_path / "s.jsonl", SUMS), tmp_path / "run", heads=1, steps=12)
     config |= {"loss": {"name": "process"}}
