@@ -1,4 +1,6 @@
-"""Does an exported folder give the same logits in transformers? Run by the python of bench/setup.sh's trl environment.
+"""Does an exported folder give the same logits in transformers, or an adapter in PEFT?
+
+Run by the python of bench/setup.sh's trl environment:
 
     DIR/trl/bin/python bench/check_export.py FOLDER LOGITS.npz
 
@@ -10,6 +12,7 @@ does not load.
 import argparse
 import os
 import sys
+import warnings
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
@@ -25,10 +28,18 @@ def main() -> int:
     parser.add_argument("folder")
     parser.add_argument("logits")
     options = parser.parse_args()
+    adapter, folder = None, options.folder
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        import peft
+
+        adapter, folder = folder, peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        options.folder, dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True
     )
     faults = [f"{kind}: {', '.join(map(str, names))}" for kind, names in loading.items() if names]
+    if adapter:
+        warnings.filterwarnings("error", message=".*adapter keys")  # how PEFT tells of missing ones
+        model = peft.PeftModel.from_pretrained(model, adapter)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder)
     stored = np.load(options.logits)
     with torch.no_grad():

@@ -15,6 +15,7 @@ IPO:          python -m jaxpost.main --config=configs/dpo.py --config.loss.name=
 APO-zero:     python -m jaxpost.main --config=configs/dpo.py --config.loss.name=apo_zero
 RPO:          python -m jaxpost.main --config=configs/dpo.py --config.loss.name="['sigmoid','sft']"
               (40 steps of IPO or APO-zero rank 95 % and 94 % of the held-out pairs right: docs/claims/methods.md)
+Adapters:     python -m jaxpost.main --config=configs/dpo.py --config.lora.rank=8 --config.optimizer.learning_rate=1e-3
 Own data:     python -m jaxpost.main --config=configs/dpo.py --config.model.path=DIR --config.data.train=PAIRS.jsonl
 Every key, with default, unit and range:  jaxpost train --help
 """

@@ -44,6 +44,21 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: int | None = key("of low-rank adapters, which then train in place of the weights; None = off", None, low=1)
+    alpha: float = key("the adapters' product is scaled by alpha / rank", 16.0, above=0)
+    targets: tuple[str, ...] = key(
+        "regular expressions, searched in attn/{q,k,v,o} and mlp/{gate,up,down}", ("attn/", "mlp/")
+    )
+    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
+    dora: bool = key("train each output's magnitude too (DoRA)", False)
+    dropout: float = key("share of an adapter's inputs left out in training", 0.0, low=0, below=1)
+    path: str | None = key("adapter to go on from, in the layout of PEFT; rank and the like are its own", None)
+    any_base: bool = key("take adapters that were trained on other weights of the same shapes", False)
+    quantize: Literal["none", "int8", "nf4"] = key("how the weights beneath are held (nf4: QLoRA)", "none")
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     path: str | None = key("folder or file (.model, tokenizer.json); None = the model's", None)
     template: str | None = key("chat template: a path or `plain`; None = the tokenizer's own", None)
@@ -239,6 +254,7 @@ class Config:
 
     stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward", "distill"] = key("the method")
     model: ModelConfig
+    lora: LoraConfig
     tokenizer: TokenizerConfig
     data: DataConfig
     loss: LossConfig
@@ -407,6 +423,7 @@ def _contradictions(c: Config):
         if c.model.adapter is not None and getattr(run, name):
             yield f"run.{name}", f"{getattr(run, name)}, but a model of model.adapter only trains; set {value}"
     yield from _score_contradictions(c)
+    yield from _lora_contradictions(c)
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
         changed = next(k for k in differences(c.reference, ReferenceConfig()))
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
@@ -450,6 +467,25 @@ def _teacher_contradictions(c: Config):
         yield "teacher.path", "missing; give a teacher, or teacher.outputs that `jaxpost teach` wrote"
     if c.model.adapter is not None:
         yield "model.adapter", "somebody else's model cannot be distilled; use a family that loads"
+
+
+def _lora_contradictions(c: Config):
+    lora = c.lora
+    if lora.rank is None and lora.path is None:
+        if lora.quantize != "none":
+            yield "lora.quantize", f"{lora.quantize!r}, but quantised weights do not train; set lora.rank or lora.path"
+        elif lora != LoraConfig():
+            name = next(iter(differences(lora, LoraConfig())))
+            yield f"lora.{name}", f"{getattr(lora, name)!r}, but there are no adapters; set lora.rank or lora.path"
+        return
+    if lora.path is not None:
+        given = differences(lora, dataclasses.replace(LoraConfig(), path=lora.path))
+        if name := next((name for name in given if name not in ("dropout", "any_base", "quantize")), None):
+            yield f"lora.{name}", f"{getattr(lora, name)!r}, but the adapter of lora.path has its own; leave it out"
+    if c.model.adapter is not None:
+        yield "lora.rank", "a model of model.adapter takes no adapters of ours; set None"
+    if c.precision.reference != "auto" and c.reference.path is None:
+        yield "precision.reference", "with adapters the reference is the base beneath them; set 'auto'"
 
 
 def _quality_contradictions(quality: QualityConfig):

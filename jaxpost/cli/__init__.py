@@ -17,7 +17,7 @@ VERBS = {
     "data": "names file, line and transform of every document in a step's rows",
     "teach": "keeps what a teacher says of a config's data, to distill from",
     "chat": "talks to a checkpoint",
-    "export": "writes a run's weights in Hugging Face layout",
+    "export": "writes a run's weights in Hugging Face layout, or its adapters in PEFT's",
     "merge": "makes one model of several (linear, slerp, ties, dare)",
 }
 

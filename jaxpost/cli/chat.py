@@ -8,13 +8,15 @@ from jaxpost import cli
 def run(arguments: list[str]) -> None:
     parser = cli.Parser("chat")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="run folder, model folder or embedded:sft")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter for it, in the layout of PEFT")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer")
     flags = parser.parse_args(arguments)
     if flags.max_new_tokens < 1:
         parser.error(f"--max-new-tokens: {flags.max_new_tokens} is out of range; expected at least 1")
     from jaxpost import api  # loads jax
 
-    converse(api.load(flags.checkpoint), flags.max_new_tokens)
+    model = api.load(flags.checkpoint)
+    converse(model.with_adapter(flags.adapter) if flags.adapter else model, flags.max_new_tokens)
 
 
 def converse(model, max_new_tokens: int) -> None:

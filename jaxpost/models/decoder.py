@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.models.config import Layer, ModelConfig, stack_row
 from jaxpost.models.lora import PREFIX, Lora, column_norms, delta
-from jaxpost.models.quantize import QUANTIZED
+from jaxpost.models.quantize import weight_of
 from jaxpost.ops.attention import Places, attention
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
@@ -55,7 +55,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = math.prod(self.shape[: self.inputs])
-        weight = self._weight().astype(self.dtype).reshape(width, -1)
+        weight = self._weight().reshape(width, -1)
         flat = x.reshape(-1, width)
         y = flat @ weight
         if self.lora is not None:
@@ -67,10 +67,9 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[: x.ndim - self.inputs], *self.shape[self.inputs :])
 
     def _weight(self):
-        stored = self.variables.get("params", {})
-        for name, read in QUANTIZED.items():
-            if name in stored:
-                return read(stored[name], stored[f"{name}_scale"], self.dtype)
+        """The weight in `dtype`, whatever it is held in."""
+        if not self.is_initializing():
+            return weight_of(self.variables["params"], self.dtype)
         ins, outs = range(self.inputs), range(self.inputs, len(self.shape))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", ins, outs)
         return self.param("weight", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
@@ -79,10 +78,8 @@ class Linear(nn.Module):
         """y = x weight [N, outs] with the adapter worked in (models/lora)."""
         lora, ins, outs = self.lora, self.shape[: self.inputs], self.shape[self.inputs :]
         width = math.prod(ins)
-        # Uniform with variance 1 / (3 * inputs), as PEFT draws it.
-        draw = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", range(self.inputs), self.inputs)
-        a = self._lora_param("a", draw, (*ins, lora.rank), (*self.axes[: self.inputs], "rank"))
-        b = self._lora_param("b", nn.initializers.zeros, (lora.rank, *outs), ("rank", *self.axes[self.inputs :]))
+        a = self._lora_param("a", (*ins, lora.rank), (*self.axes[: self.inputs], "rank"))
+        b = self._lora_param("b", (lora.rank, *outs), ("rank", *self.axes[self.inputs :]))
         a, b = a.reshape(width, -1), b.reshape(lora.rank, -1)
         kept = x
         if lora.dropout and self.has_rng("dropout"):
@@ -90,13 +87,15 @@ class Linear(nn.Module):
             kept = jnp.where(keep, x / (1 - lora.dropout), 0).astype(x.dtype)
         y = y + (kept @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(lora.scale, self.dtype)
         if lora.dora:
-            magnitude = self._lora_param("magnitude", nn.initializers.ones, outs, self.axes[self.inputs :])
+            magnitude = self._lora_param("magnitude", outs, self.axes[self.inputs :])
             norms = column_norms(weight.astype(jnp.float32) + delta(a, b, lora.scale, 1), 1)
             y = y * (magnitude.reshape(-1) / jax.lax.stop_gradient(norms)).astype(self.dtype)[None]  # section 4.3
         return y
 
-    def _lora_param(self, name, init, shape, axes):
-        return self.param(PREFIX + name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    def _lora_param(self, name, shape, axes):
+        """Of which `lora.fresh` draws the first values."""
+        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        return self.param(PREFIX + name, init, shape, jnp.float32)
 
 
 class RMSNorm(nn.Module):

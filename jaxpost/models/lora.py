@@ -5,7 +5,9 @@ scaled per output to a trained magnitude. The leaves lie beside the weight they 
 `lora_`, so the parameters of an adapted model are its base and its adapters merged.
 """
 
+import collections
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -16,9 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
+from jaxpost.models.quantize import weight_of
 from jaxpost.types import Array
 
 PREFIX = "lora_"
+HEADS = "score"  # module of a reward model's scalar heads, which train as they are
 MODULES = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 
 
@@ -62,10 +66,12 @@ def check_targets(lora: Lora, config: ModelConfig) -> None:
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """(base, adapters) of a tree of dicts."""
+    """(base, adapters) of a tree of dicts. With the adapters go the scalar heads of a reward model."""
     flat = flatten_dict(params)
-    parts = [{k: v for k, v in flat.items() if k[-1].startswith(PREFIX) == own} for own in (False, True)]
-    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+    parts = {False: {}, True: {}}
+    for path, leaf in flat.items():
+        parts[path[-1].startswith(PREFIX) or path[0] == HEADS][path] = leaf
+    return unflatten_dict(parts[False]), unflatten_dict(parts[True])
 
 
 def joined(base: Any, adapters: Any) -> Any:
@@ -86,35 +92,67 @@ def delta(a: Array, b: Array, scale: float, inputs: int) -> Array:
 
 
 def merged(params: Any, lora: Lora) -> Any:
-    """The parameters of a plain model that computes the same: weights with their adapters worked in."""
-    flat = flatten_dict(params)
-    plain = {path: leaf for path, leaf in flat.items() if not path[-1].startswith(PREFIX)}
-    for path in [path[:-1] for path in flat if path[-1] == PREFIX + "a"]:
-        weight, a, b = (flat[(*path, name)] for name in ("weight", PREFIX + "a", PREFIX + "b"))
-        plain[(*path, "weight")] = _worked_in(weight, a, b, flat.get((*path, PREFIX + "magnitude")), lora.scale)
-    return unflatten_dict(plain)
+    """The parameters of a plain model that computes the same: weights with their adapters worked in.
+
+    What was quantised is plain again, in the type of the embedding.
+    """
+    dtype = str(params["embed"]["weight"].dtype)
+    modules = collections.defaultdict(dict)
+    for (*module, name), leaf in flatten_dict(params).items():
+        modules[tuple(module)][name] = leaf
+    found = {}
+    for module, leaves in modules.items():
+        if any(name.startswith((PREFIX, "weight_")) for name in leaves):
+            bias = {name: leaf for name, leaf in leaves.items() if name == "bias"}
+            leaves = {"weight": _worked_in(leaves, lora.scale, dtype), **bias}
+        found |= {(*module, name): leaf for name, leaf in leaves.items()}
+    return unflatten_dict(found)
 
 
-@jax.jit
-def _worked_in(weight, a, b, magnitude, scale):
-    """Of all layers of a stack [L, ...]."""
-    inputs = a.ndim - 2
+@functools.partial(jax.jit, static_argnums=2)
+def _worked_in(leaves, scale, dtype):
+    """The weight of a product with its adapter, if it has one; leaves of all layers of a stack [L, ...]."""
 
-    def one(weight, a, b, magnitude):
-        whole = weight.astype(jnp.float32) + delta(a, b, scale, inputs)
-        if magnitude is not None:
-            whole = whole * (magnitude.astype(jnp.float32) / column_norms(whole, inputs))
-        return whole.astype(weight.dtype)
+    def one(leaves):
+        whole = weight_of(leaves, "float32")
+        if PREFIX + "a" in leaves:
+            inputs = leaves[PREFIX + "a"].ndim - 1
+            whole = whole + delta(leaves[PREFIX + "a"], leaves[PREFIX + "b"], scale, inputs)
+            if PREFIX + "magnitude" in leaves:
+                whole = whole * (leaves[PREFIX + "magnitude"].astype(jnp.float32) / column_norms(whole, inputs))
+        return whole.astype(dtype)
 
-    return jax.vmap(one, in_axes=(0, 0, 0, None if magnitude is None else 0))(weight, a, b, magnitude)
+    return jax.vmap(one)(leaves)
 
 
 def with_magnitudes(adapters: Any, base: Any) -> Any:
     """Adapters whose DoRA magnitudes, if there are any, are the norms of the base: they change nothing then."""
-    flat, weights = flatten_dict(adapters), flatten_dict(base)
+    flat = flatten_dict(adapters)
     for path, leaf in flat.items():
         if path[-1] == PREFIX + "magnitude":
-            inputs = flat[(*path[:-1], PREFIX + "a")].ndim - 2
-            norms = jax.jit(jax.vmap(lambda w, n=inputs: column_norms(w, n)))
-            flat[path] = norms(weights[(*path[:-1], "weight")]).astype(leaf.dtype)
+            inputs, leaves = flat[(*path[:-1], PREFIX + "a")].ndim - 2, base
+            for name in path[:-1]:
+                leaves = leaves[name]
+            norms = jax.jit(jax.vmap(lambda leaves, n=inputs: column_norms(weight_of(leaves, "float32"), n)))
+            flat[path] = norms(leaves).astype(leaf.dtype)
     return unflatten_dict(flat)
+
+
+def fresh(abstract: Any, base: Any, key: Array) -> Any:
+    """New adapters like `abstract`: A uniform with variance 1 / (3 * inputs), as PEFT draws it, and B zero.
+
+    base: all parameters beneath, the heads of a reward model among them. To be jit-compiled with the shardings of the
+    result.
+    """
+
+    def draw(number, path, leaf):
+        if path[0] == HEADS:
+            return base[HEADS][path[-1]].astype(leaf.dtype)
+        if path[-1] != PREFIX + "a":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        width = 1 / math.sqrt(math.prod(leaf.shape[1:-1]))
+        return jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, leaf.dtype, -width, width)
+
+    flat = flatten_dict(abstract)
+    drawn = {path: draw(number, path, leaf) for number, (path, leaf) in enumerate(sorted(flat.items()))}
+    return with_magnitudes(unflatten_dict(drawn), base)

@@ -5,12 +5,11 @@ absolute value: int8 steps of 1/127, or the 16 values of NF4, two to a byte. Bot
 that it is sharded as the plain one is.
 """
 
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.types import Array
 
@@ -74,19 +73,25 @@ QUANTIZERS = {"int8": to_int8, "nf4": to_nf4}
 QUANTIZED = {"weight_int8": from_int8, "weight_nf4": from_nf4}  # name of the leaf -> what reads it
 
 
-def quantized(params: Any, kind: str, matches) -> Any:
-    """`params` with the stacked weights [L, in, ...] of the modules that `matches(module)` takes in 8 or 4 bits.
-
-    Each is made on its own and its plain form let go of.
-    """
-    flat = flatten_dict(params)
+def quantizer(kind: str, modules: Collection[str]):
+    """(path, array) -> {path: array}: stacked weights [L, in, ...] of `modules` in 8 or 4 bits, others as they are."""
     quantize = jax.jit(jax.vmap(QUANTIZERS[kind]))
-    for path in list(flat):
-        if path[-1] == "weight" and path[0] in ("layers", "tail") and matches("/".join(path[1:-1])):
-            values, scale = quantize(flat.pop(path))
-            flat[(*path[:-1], f"weight_{kind}")] = values
-            flat[(*path[:-1], f"weight_{kind}_scale")] = scale
-    return unflatten_dict(flat)
+
+    def keep(path, array):
+        if path[-1] != "weight" or path[0] not in ("layers", "tail") or "/".join(path[1:-1]) not in modules:
+            return {path: array}
+        values, scale = quantize(array)
+        return {(*path[:-1], f"weight_{kind}"): values, (*path[:-1], f"weight_{kind}_scale"): scale}
+
+    return keep
+
+
+def weight_of(leaves: dict[str, Array], dtype: str) -> Array:
+    """The weight [in, ...] of a product out of its leaves, plain or quantised."""
+    for name, read in QUANTIZED.items():
+        if name in leaves:
+            return read(leaves[name], leaves[f"{name}_scale"], dtype)
+    return leaves["weight"].astype(dtype)
 
 
 def _blocks(weight):

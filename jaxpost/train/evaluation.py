@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpost import embedded
 from jaxpost.sharding import batch_sharding
+from jaxpost.train.adapters import on_whole
 from jaxpost.train.run import LoadedModel
 from jaxpost.train.setup import one_pass
 from jaxpost.train.step import make_eval_step, total_loss
@@ -30,11 +31,15 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a TrainState on the evaluation documents, the same ones in the same rows every time."""
+    """Evaluates a TrainState on the evaluation documents, the same ones in the same rows every time.
+
+    objective, frozen: as `fit` has them.
+    """
 
     def __init__(self, config, mesh, model, data, objective, frozen):
-        self.config, self.mesh, self.model, self.data, self.frozen = config, mesh, model, data, frozen
-        self.step = jax.jit(make_eval_step(objective))
+        self.config, self.mesh, self.model, self.data = config, mesh, model, data
+        self.frozen = {**(frozen or {}), **model.load_frozen()}
+        self.step = jax.jit(make_eval_step(on_whole(model.policy, objective)))
         self.in_world = {path for path, _ in config.data.eval or ()} == {"embedded"}
         self.prompts = [prompt_of(data.eval[i]) for i in range(min(config.run.eval_prompts, len(data.eval or ())))]
 
@@ -42,7 +47,7 @@ class Evaluator:
         metrics = self.objective_metrics(state) if self.data.eval is not None else {}
         if getattr(self.model.policy.config, "num_scores", 0):  # no words to show
             return Evaluation(metrics, ())
-        new_tokens, now = self.config.run.eval_new_tokens, LoadedModel(self.model, state.params, self.mesh)
+        new_tokens, now = self.config.run.eval_new_tokens, LoadedModel(self.model, self.whole(state.params), self.mesh)
         if self.in_world and self.config.run.eval_prompts:
 
             def ask(questions):
@@ -56,6 +61,10 @@ class Evaluator:
     def extra(self, params) -> dict:
         """What a checkpoint of these parameters holds besides; as JSON."""
         return {}
+
+    def whole(self, params):
+        """All parameters of the model, out of those that train."""
+        return self.model.policy.whole(params, self.frozen)
 
     def objective_metrics(self, state: TrainState) -> dict[str, float]:
         """Loss and metrics over all evaluation documents; a share of pairs comes with its 95 % interval."""

@@ -1,5 +1,6 @@
 """What a run was made from: RUN_DIR/inputs.json holds sha256 hashes of config, model, tokenizer, template and data."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -7,7 +8,9 @@ import json
 from etils import epath
 
 from jaxpost import config as configs
+from jaxpost import embedded
 from jaxpost.errors import DataError
+from jaxpost.models import hf
 from jaxpost.models.adapter import Adapter
 from jaxpost.train.folder import MAY_DIFFER, write_atomically
 from jaxpost.train.setup import Model, open_model
@@ -26,7 +29,9 @@ def describe(config, model, data) -> dict[str, str]:
     models = {"model": model}
     for name in ("reference", "teacher"):
         if (path := getattr(config, name).path) is not None:
-            models[name] = open_model(config, mesh=None, path=path)
+            folder = epath.Path(hf.resolve(embedded.resolve(path)))
+            adapters = dataclasses.replace(model, adapter=folder) if hf.is_adapter(folder) else None
+            models[name] = adapters or open_model(config, mesh=None, path=path)
     for name, opened in models.items():
         found |= {f"{name}: {opened.path / file}": digest for file, digest in model_files(opened).items()}
     if config.teacher.outputs is not None:
@@ -54,12 +59,14 @@ def check(folder: epath.Path, found: dict[str, str]) -> None:
 
 
 def model_files(model: Model) -> dict[str, str]:
-    """{name: sha256} of a model's config and weights in its folder, or of the parameters of somebody else's."""
+    """{name: sha256} of the config and weights of a model and its adapters, or of the parameters of somebody else's."""
     if isinstance(model.policy, Adapter):
         return {"parameters": model.policy.fingerprint()}
-    folder = model.path
+    folder, adapter = model.path, model.adapter
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"), key=lambda path: path.name)]
-    return {path.name: _sha256(path, *_stamp(path)) for path in paths}
+    found = {path.name: _sha256(path, *_stamp(path)) for path in paths}
+    adapters = () if adapter is None else (adapter / hf.ADAPTER_CONFIG, adapter / hf.ADAPTER_WEIGHTS)
+    return found | {f"adapter {path.name}": _sha256(path, *_stamp(path)) for path in adapters}
 
 
 def _stamp(path: epath.Path) -> tuple[int, float]:

@@ -18,6 +18,7 @@ from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
 from jaxpost.sharding import batch_sharding, shardings_like
 from jaxpost.train import inputs
+from jaxpost.train.adapters import on_whole
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.evaluation import Evaluation, Evaluator
 from jaxpost.train.folder import write_atomically, write_config
@@ -50,8 +51,9 @@ def fit(
     run, batch = config.run, config.batch
     loader = train_loader(config, data)
     total = run.steps or loader.total_steps(run.epochs)
-    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.policy.axes())
+    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.axes)
     evaluator = evaluator or Evaluator(config, mesh, model, data, objective, frozen)
+    frozen, objective = evaluator.frozen, on_whole(model.policy, objective)
     carry = carry or Carry(None, lambda: None, None)
 
     def init(params, carry):
@@ -94,7 +96,7 @@ def fit(
         data_table(data, loop)
         result = Run(
             model=scored_model(model, loop.extra),
-            params=state.params,
+            params=evaluator.whole(state.params),
             mesh=mesh,
             folder=folder,
             state=state,

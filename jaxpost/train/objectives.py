@@ -99,7 +99,7 @@ def sft_objective(policy, loss, *, chunk: int):
 
     def objective(params, frozen, carry, batch: Batch, key):
         rows = batch.rows
-        stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
+        stats, terms, metrics = forward(policy, params, batch, chunk=chunk, key=key)
         term = Mean((loss(stats.logps) * rows.weights).sum(), rows.weights.sum())
         return {"nll": Term(1.0, term), **terms}, metrics
 
@@ -134,7 +134,7 @@ def preference_objective(
 
     def objective(params, frozen, carry, batch: Batch, key):
         mask = batch.completion["mask"]
-        stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
+        stats, terms, metrics = forward(policy, params, batch, chunk=chunk, key=key)
         policy_pairs, reference_pairs = pairs(stats.logps, batch, ld_alpha), None
         if reads_reference:
             theirs = jax.lax.stop_gradient(reference_logps(frozen, carry, batch))
@@ -163,9 +163,9 @@ def token_logps_of(policy, params, batch: Batch, *, chunk: int):
     return policy.token_stats(params, batch, chunk=chunk)[0].logps
 
 
-def forward(policy, params, batch: Batch, *, chunk: int):
+def forward(policy, params, batch: Batch, *, chunk: int, key):
     """What objectives of words begin with: (TokenStats of the rows, terms of the model itself, metrics of both)."""
-    stats, router = policy.token_stats(params, batch, chunk=chunk)
+    stats, router = policy.token_stats(params, batch, chunk=chunk, key=key)
     terms, metrics = expert_terms(policy, router, batch.rows)
     return stats, terms, jax.lax.stop_gradient(token_metrics(stats, batch.rows) | metrics)
 

@@ -55,7 +55,7 @@ class RewardEvaluator(Evaluator):
 
     def _scored(self, params, documents) -> np.ndarray:
         most = max(self.data.branches, documents.most_completions)
-        return loader_scores(self.model.policy, params, self.mesh, one_pass(self.config, documents, most))
+        return loader_scores(self.model.policy, self.whole(params), self.mesh, one_pass(self.config, documents, most))
 
     def _samples(self, scores):
         """(prompt, each completion with its score) of the first documents, as text."""

@@ -45,14 +45,20 @@ def attach_reference(config, model: Model, mesh, data: Data, chunk: int) -> tupl
     opened = open_reference(config, model, mesh)
     if config.reference.mode == "cached":
         return with_reference(data, config, mesh, opened, chunk), Reference(cached_reference)
-
-    def logps(held, batch):
-        return token_logps_of(opened.policy, held["reference"], batch, chunk=chunk)
-
     if config.reference.mode == "live":
-        return data, Reference(lambda frozen, carry, batch: logps(frozen, batch), frozen={"reference": opened.load()})
-    carry = following(config, model, opened, data)
-    return data, Reference(lambda frozen, carry, batch: logps(carry, batch), carry=carry)
+
+        def live(frozen, carry, batch):
+            return token_logps_of(opened.policy, frozen["reference"], batch, chunk=chunk)
+
+        return data, Reference(live, frozen={"reference": opened.load()})
+    if model.base is not None and config.reference.path is None:
+        opened = model  # adapters follow adapters, over one base
+
+    def moving(frozen, carry, batch):
+        params = opened.policy.whole(carry["reference"], frozen)
+        return token_logps_of(opened.policy, params, batch, chunk=chunk)
+
+    return data, Reference(moving, carry=following(config, model, opened, data))
 
 
 def following(config, model: Model, reference: Model, data: Data) -> Carry:
@@ -101,6 +107,7 @@ def with_reference(data: Data, config, mesh, reference: Model, chunk: int) -> Da
         "adapter": config.model.adapter,
         "dtype": reference.policy.compute_dtype,
         "weights": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(reference.abstract)}),
+        "quantized": (reference.base or reference).quantized,
         **data.identity,
     }
     load = functools.cache(reference.load)  # once for both parts, and not at all when both are cached

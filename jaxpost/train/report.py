@@ -23,8 +23,14 @@ def start_table(config, folder, mesh, model, data, abstract, loader, total: int,
     print_table("data", data.report.rows())
     batch, statistics = config.batch, row_statistics(loader)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract.params))
+    beneath = []
+    if model.base is not None:
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.load_frozen()))
+        kind = "" if model.base.quantized == "none" else f", {model.base.quantized}"
+        beneath = [("weights beneath the adapters", f"{held / GIB:.3f} GiB{kind}")]
     rows = [
-        ("parameters", parameters),
+        ("parameters that train", parameters),
+        *beneath,
         ("devices", " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1"),
         ("compute type", model.policy.compute_dtype),
         ("state (weights, moments)", f"{state_bytes(abstract) / GIB:.3f} GiB"),

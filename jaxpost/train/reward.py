@@ -28,7 +28,7 @@ def reward_objective(policy, loss, *, branches: int, margin: float = 0.0, bootst
         raise ConfigError(f"loss.name: a loss of pairs, but the data have rankings of {branches}; set all_pairs, say")
 
     def objective(params, frozen, carry, batch: Batch, key):
-        scores, router = completion_scores(policy, params, batch)
+        scores, router = completion_scores(policy, params, batch, key)
         mask, given = batch.completion["mask"], batch.completion["score"]
         heads = jnp.ones((*mask.shape[:2], scores.shape[-1]))
         if bootstrap_seed is not None:

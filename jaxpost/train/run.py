@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from etils import epath
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import Example
 from jaxpost.errors import CheckpointError, ConfigError
-from jaxpost.models import hf
+from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
 from jaxpost.sampling.greedy import greedy
 from jaxpost.sharding import make_mesh
+from jaxpost.train.adapters import adapter_folder, as_loaded
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.folder import is_run, read_config
 from jaxpost.train.scores import Scores, score_documents, token_documents
@@ -76,12 +78,38 @@ class LoadedModel:
         documents = token_documents(sequences, self.model.policy.config.max_positions)
         return score_documents(self.model.policy, self.params, self.mesh, documents)
 
-    def export(self, path) -> None:
-        """Writes the weights in Hugging Face layout, with config, tokenizer and template files."""
+    def export(self, path, *, merge: bool = False) -> None:
+        """Writes the weights in Hugging Face layout, with config, tokenizer and template files.
+
+        Of a model with adapters: these alone, in the layout of PEFT, or with merge=True a whole model with them worked
+        into its weights (what was quantised is written as it was computed with).
+        """
         if isinstance(self.model.policy, Adapter):
             raise ConfigError("model.adapter: somebody else's model has no Hugging Face layout; see the checkpoints")
         files = self.model.tokenizer.files() | self.model.template.files()
-        hf.export(path, self.params, self.model.policy, files)
+        policy, params = self.model.policy, self.params
+        if policy.lora is not None and not merge:
+            base = hf.fingerprint(self.model.path)
+            hf.export_adapter(path, lora.split(params)[1], policy, self.model.name, files, trained_on=base)
+            return
+        if merge and policy.lora is None:
+            raise ConfigError("merge: the model has no adapters to merge")
+        if merge:
+            policy, params = dataclasses.replace(policy, lora=None), lora.merged(params, policy.lora)
+        hf.export(path, params, policy, files)
+
+    def with_adapter(self, path, *, any_base: bool = False) -> "LoadedModel":
+        """The same base with the adapter in a folder in the layout of PEFT; the base's arrays are shared.
+
+        any_base: take one that was trained on other weights of the same shapes. Raises ConfigError for a folder without
+        an adapter, CheckpointError for another model's.
+        """
+        folder = adapter_folder(os.fspath(path))
+        base, params = self.model.base, self.params
+        if base is None:
+            base = dataclasses.replace(self.model, loader=lambda: params)
+        model = as_loaded(dataclasses.replace(self.model, base=base), folder, self.mesh, any_base=any_base)
+        return LoadedModel(model, model.load(), self.mesh)
 
 
 @dataclasses.dataclass
@@ -121,4 +149,4 @@ def load_run(folder) -> LoadedModel:
     with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
         params = checkpoints.restore_params(model.sharded)
         extra = checkpoints.extra(checkpoints.restored)
-    return LoadedModel(scored_model(model, extra), params, mesh)
+    return LoadedModel(scored_model(model, extra), model.policy.whole(params, model.load_frozen()), mesh)

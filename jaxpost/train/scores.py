@@ -44,10 +44,10 @@ def joined(scores: Sequence[Scores]) -> Scores:
     return Scores(np.concatenate([one.heads for one in scores], axis=1))
 
 
-def completion_scores(policy, params, batch: Batch) -> tuple[Array, Array | None]:
+def completion_scores(policy, params, batch: Batch, key: Array | None = None) -> tuple[Array, Array | None]:
     """(f32[B, M, N, R] read at the last token of each completion, 0 where there is none; what the routers said)."""
     mask = batch.completion["mask"]
-    hidden, router = policy.hidden(params, batch.rows)
+    hidden, router = policy.hidden(params, batch.rows, key)
     ends = completion_ends(batch.rows, *mask.shape[1:])
     last = jnp.take_along_axis(hidden, ends.reshape(len(ends), -1, 1), axis=1)
     scores = policy.scores(params, last).reshape(*mask.shape, -1)

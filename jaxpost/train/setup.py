@@ -22,12 +22,13 @@ from jaxpost.data.quality import Removal
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
-from jaxpost.models import hf
+from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
 from jaxpost.sharding import batch_shards, make_mesh, named_shardings
+from jaxpost.train.adapters import as_loaded, with_adapters
 
 log = logging.getLogger("jaxpost")
 
@@ -40,25 +41,42 @@ class Model:
     """A policy with its tokenizer and where its weights lie, not yet loaded."""
 
     path: epath.Path
+    name: str  # the path as it was given, or the hub name
     policy: Policy
     tokenizer: Tokenizer
     template: Template
-    abstract: Any  # parameters as ShapeDtypeStructs, in the type they are held in
+    abstract: Any  # parameters that train as ShapeDtypeStructs, in the type they are held in
     shardings: Any
     fresh_scores: Callable[[], Any] | None = None  # makes the scalar heads that a language model's files do not hold
+    loader: Callable[[], Any] | None = None  # of these parameters; None: from `path`
+    base: "Model | None" = None  # what lies beneath adapters and stays
+    adapter: epath.Path | None = None  # folder of the adapters
+    quantized: str = "none"  # how the weights of a base are held (config.lora.quantize)
+
+    @property
+    def axes(self):
+        """Logical axes of the parameters that train."""
+        axes = self.policy.axes()
+        return axes if self.base is None else lora.split(axes)[1]
+
+    def load_frozen(self) -> dict[str, Any]:
+        """What `Policy.whole` needs besides the parameters that train; the same arrays every time."""
+        return {} if self.base is None else {"base": self.base.load()}
 
     @property
     def sharded(self):
         """The abstract parameters with their shardings, as a restore wants them."""
         return with_shardings(self.abstract, self.shardings)
 
-    def load(self):
-        """The weights, each shard read by the device that holds it."""
+    def load(self, keep=None):
+        """The weights that train, each shard read by the device that holds it. keep: see `hf.load_params`."""
+        if self.loader is not None:
+            return self.loader()
         if isinstance(self.policy, Adapter):
             return self.policy.load(self.shardings, jax.tree.leaves(self.abstract)[0].dtype)
         dtype = jax.tree.leaves(self.abstract)[0].dtype
         scores = self.fresh_scores and self.fresh_scores()
-        return hf.load_params(self.path, self.policy, self.shardings, dtype, scores)
+        return hf.load_params(self.path, self.policy, self.shardings, dtype, scores, keep=keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +135,15 @@ def compute_dtype(name: str) -> str:
 
 
 def open_model(config, mesh, *, path: str | None = None, any_head: bool = False) -> Model:
-    """The model at `path` (default: model.path), described but not loaded. Raises CheckpointError, DataError.
+    """The model at `path`, described but not loaded. Raises CheckpointError, DataError.
+
+    path: None is model.path, with the adapters of config.lora.
 
     mesh: None leaves `abstract` and `shardings` None, and asks for no device: enough to read data for it.
     any_head: not to be trained, so it may have words or scores for a head; else the stage decides.
     """
-    folder = epath.Path(hf.resolve(embedded.resolve(path or config.model.path)))
+    name = embedded.resolve(path or config.model.path)
+    folder = epath.Path(hf.resolve(name))
     if config.model.adapter is not None:
         policy = imported("model.adapter", config.model.adapter)(str(folder))
         _with_experts(config, policy.config)
@@ -132,15 +153,15 @@ def open_model(config, mesh, *, path: str | None = None, any_head: bool = False)
         policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
-    if mesh is None:
-        return Model(folder, policy, tokenizer, template, None, None)
-    masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
-    abstract = jax.tree.map(masters, policy.abstract())
-    shardings = named_shardings(policy.axes(), mesh, abstract)
-    fresh = None
+    abstract = shardings = fresh = None
+    if mesh is not None:
+        masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
+        abstract = jax.tree.map(masters, policy.abstract())
+        shardings = named_shardings(policy.axes(), mesh, abstract)
     if config.model.adapter is None and policy.config.num_scores != found.num_scores:
         fresh = functools.partial(fresh_scores, policy.config, config.reward.init_std, config.run.seed)
-    return Model(folder, policy, tokenizer, template, abstract, shardings, fresh)
+    model = Model(folder, name, policy, tokenizer, template, abstract, shardings, fresh)
+    return with_adapters(config, model, mesh) if path is None else model
 
 
 def _with_head(config, model: ModelConfig) -> ModelConfig:
@@ -192,7 +213,16 @@ def _with_experts(config, model: ModelConfig) -> ModelConfig:
 
 
 def open_reference(config, model: Model, mesh) -> Model:
-    """The reference: `reference.path`, or the initial weights of `model`, held in the type it computes in."""
+    """The reference: `reference.path`, or the initial weights of `model`, held in the type it computes in.
+
+    Of a model with adapters: the base beneath them, with the adapters of lora.path; a path may be that of others.
+    """
+    path = config.reference.path or config.lora.path
+    folder = None if path is None else epath.Path(hf.resolve(embedded.resolve(path)))
+    if folder is not None and hf.is_adapter(folder):
+        return as_loaded(model, folder, mesh, any_base=config.lora.any_base)
+    if model.base is not None and folder in (None, model.path):
+        return model.base
     if config.reference.path is not None:
         other = open_model(config, mesh, path=config.reference.path)
         if other.policy.config.vocab_size != model.policy.config.vocab_size:

@@ -1,7 +1,7 @@
 """One train step for all stages: gradient of an objective, exact under accumulation, and an optimizer update.
 
 An objective is `(params, frozen, carry, batch, key) -> ({name: Term}, {name: Mean})`, pure, hyperparameters bound.
-The loss is the sum over terms of coefficient * total / weight.
+The loss is the sum over terms of coefficient * total / weight. In evaluation there is no key, and nothing is drawn.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def make_eval_step(objective):
     """`(params, frozen, carry, batch) -> (terms, metrics)`: Means add up over batches, `total_loss` ends it."""
 
     def step(params, frozen, carry, batch: Batch):
-        return objective(params, frozen, carry, batch, jax.random.key(0))
+        return objective(params, frozen, carry, batch, None)
 
     return step
 

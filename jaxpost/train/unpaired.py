@@ -26,7 +26,7 @@ def unpaired_objective(policy, name: str, loss, *, chunk: int, reference_logps=c
 
     def objective(params, frozen, carry, batch: Batch, key):
         mask, rows = batch.completion["mask"], batch.rows
-        stats, terms, metrics = forward(policy, params, batch, chunk=chunk)
+        stats, terms, metrics = forward(policy, params, batch, chunk=chunk, key=key)
         theirs = jax.lax.stop_gradient(reference_logps(frozen, carry, batch))
         scored = (rows.weights != 0).astype(jnp.float32)
         sums = [completion_sums(logps * scored, rows, *mask.shape[1:]) for logps in (stats.logps, theirs)]

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from tests.claims import distillation, preference, reward
+from tests.claims import adapters, distillation, preference, reward
 from tests.shared import SHARED
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "claims"
@@ -12,6 +12,7 @@ CLAIMS = {
     "methods": preference.preference_methods,
     "distill": distillation.distilled,
     "demo": preference.demo_files,
+    "adapters": adapters.adapters,
     "real": preference.real_input,
     "reward": reward.embedded_pairs,
     "rankings": reward.embedded_rankings,

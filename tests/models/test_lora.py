@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.errors import ConfigError
 from jaxpost.models import lora, quantize
@@ -43,8 +44,7 @@ def adapted(settings, config=None, fresh=False):
     policy = Policy(config or patterned_config(), lora=settings, unroll=False)
     base, adapters = lora.split(random_params(policy))
     if fresh:
-        _, adapters = lora.split(jax.jit(policy.init)(jax.random.key(0)))
-        adapters = lora.with_magnitudes(adapters, base)
+        adapters = lora.fresh(lora.split(policy.abstract())[1], base, jax.random.key(0))
     return policy, base, adapters
 
 
@@ -141,7 +141,8 @@ def test_a_zero_block_stays_zero():
 def test_a_quantised_base_computes_with_its_dequantised_weights(kind):
     settings = SETTINGS["plain"]
     policy, base, adapters = adapted(settings)
-    small = quantize.quantized(base, kind, settings.adapts)
+    keep = quantize.quantizer(kind, lora.modules_of(patterned_config()))
+    small = unflatten_dict({k: v for path, leaf in flatten_dict(base).items() for k, v in keep(path, leaf).items()})
     assert set(small["layers"]["attn"]["q"]) == {f"weight_{kind}", f"weight_{kind}_scale"}
     np.testing.assert_array_equal(small["embed"]["weight"], base["embed"]["weight"])
     read = jax.vmap(functools.partial(KINDS[kind], dtype="float32"))
@@ -152,4 +153,5 @@ def test_a_quantised_base_computes_with_its_dequantised_weights(kind):
                 plain[stack][group][name]["weight"] = read(*leaves.values())
     found = hidden(policy, lora.joined(small, adapters))
     close(found, hidden(policy, lora.joined(plain, adapters)))
+    close(found, hidden(Policy(patterned_config(), unroll=False), lora.merged(lora.joined(small, adapters), settings)))
     assert np.abs(found - hidden(policy, lora.joined(base, adapters))).max() > 1e-3

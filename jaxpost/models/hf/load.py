@@ -3,14 +3,17 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jaxpost.errors import CheckpointError
@@ -26,7 +29,13 @@ IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files carry
 
 
 def load_params(
-    path: str, policy: Policy, shardings: Any = None, dtype: str = "float32", scores: jax.Array | None = None
+    path: str,
+    policy: Policy,
+    shardings: Any = None,
+    dtype: str = "float32",
+    scores: jax.Array | None = None,
+    *,
+    keep: Any = None,
 ) -> Any:
     """The parameters of `policy` from the safetensors in a Hugging Face folder (one file, or several with an index).
 
@@ -36,6 +45,7 @@ def load_params(
       dtype: of the parameters, whatever the files hold (bf16, f16, f32).
       scores: [R, D], the scalar heads of a policy that has them, where the files are a language model's. None: the
         files hold them.
+      keep: (path, array) -> {path: array}, what is kept of each parameter as soon as it is read (models.quantize).
 
     Raises:
       CheckpointError: a missing folder, file or tensor, a truncated file, a wrong shape, a tensor without a place.
@@ -47,7 +57,7 @@ def load_params(
     weights = FAMILIES[policy.config.family].weights(policy.config)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(epath.Path(path), weight_files(epath.Path(path), stack), stack)
-        read = functools.partial(read_parameters, epath.Path(path), tensors)
+        read = functools.partial(read_parameters, epath.Path(path), tensors, keep=keep)
         if scores is None:
             return read(weights, policy.config, sizes_of(policy.config), typed, shardings)
         weights = tuple(weight for weight in weights if weight.path != "score/weight")
@@ -56,7 +66,7 @@ def load_params(
         return {**read(weights, policy.config, sizes_of(policy.config), trunk, placed), "score": head}
 
 
-def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstract, shardings) -> Any:
+def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstract, shardings, keep=None) -> Any:
     """A tree like `abstract`, each leaf put together from the open `tensors` that `weights` names."""
     by_path = collections.defaultdict(list)
     for piece in pieces(weights, config):
@@ -64,11 +74,11 @@ def read_parameters(folder: epath.Path, tensors, weights, config, sizes, abstrac
     headless = config.tied or config.num_scores > 0  # the files may yet hold a head of words
     check_tensors(tensors, itertools.chain.from_iterable(by_path.values()), sizes, folder, headless)
 
-    def read(path, leaf, sharding):
-        own = by_path[tuple(key.key for key in path)]
-        return _parameter(own, tensors, leaf.shape, sharding, leaf.dtype, sizes)
-
-    return jax.tree_util.tree_map_with_path(read, abstract, shardings)
+    placed, found = flatten_dict(shardings), {}
+    for path, leaf in flatten_dict(abstract).items():
+        value = _parameter(by_path[path], tensors, leaf.shape, placed[path], leaf.dtype, sizes)
+        found |= keep(path, value) if keep else {path: value}
+    return unflatten_dict(found)
 
 
 def _parameter(own: list[Piece], tensors, shape, sharding, dtype, sizes):
@@ -161,3 +171,16 @@ def check_tensors(tensors, wanted: Iterable[Piece], sizes, folder: epath.Path, t
     for name in tensors.keys() - expected.keys():
         if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight"):
             raise CheckpointError(f"{folder / tensors[name][0]}: tensor {name} has no place in this model")
+
+
+def fingerprint(path: str) -> str:
+    """Of a checkpoint's weights, whatever its files and types: sha256 of the beginnings of all tensors in bf16."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        tensors = open_tensors(epath.Path(path), weight_files(epath.Path(path), stack), stack)
+        for name, (_, file) in sorted(tensors.items()):
+            tensor = file.get_slice(name)
+            shape = tensor.get_shape()
+            first = np.asarray(tensor[(*(slice(0, 1) for _ in shape[:-1]), slice(0, 16))])
+            digest.update(f"{name}{shape}".encode() + first.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()

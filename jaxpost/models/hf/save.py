@@ -77,18 +77,20 @@ def write_folder(
     marker: str,
     single: str = SINGLE,
     shard_bytes: int = 2 * 1024**3,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Tensors (in the order they come, never all in memory) and files, as a folder that is there whole or not at all.
 
     marker: the file that tells such a folder; one that has it is replaced. single: name of the weights if one file is
-    enough. With several hosts all must call; the first writes. Raises CheckpointError as `export`.
+    enough. metadata: of these, besides their format. With several hosts all must call; the first writes. Raises
+    CheckpointError as `export`.
     """
     check_target(epath.Path(path), marker)
     if jax.process_index() != 0:
         for _ in tensors:  # takes part in gathering them
             pass
         return
-    place_folder(epath.Path(path), tensors, files, single=single, shard_bytes=shard_bytes)
+    place_folder(epath.Path(path), tensors, files, single=single, shard_bytes=shard_bytes, metadata=metadata)
 
 
 def check_target(target: epath.Path, marker: str) -> None:
@@ -104,13 +106,14 @@ def place_folder(
     *,
     single: str = SINGLE,
     shard_bytes: int,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """`write_folder` by one process, which asks jax for nothing; in place of whatever stands there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     try:
-        _write_weights(folder, tensors, single, shard_bytes)
+        _write_weights(folder, tensors, single, shard_bytes, metadata or {})
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -122,12 +125,12 @@ def place_folder(
             folder.rmtree()
 
 
-def _write_weights(folder, tensors, single, shard_bytes):
+def _write_weights(folder, tensors, single, shard_bytes, metadata):
     shards, held, size = [], {}, 0
 
     def flush():
         name = f"part-{len(shards)}.safetensors"
-        _save(held, folder / name)
+        _save(held, folder / name, metadata)
         shards.append((name, list(held)))
         held.clear()
 
@@ -152,12 +155,12 @@ def _write_weights(folder, tensors, single, shard_bytes):
     (folder / INDEX).write_bytes(json_bytes(index))
 
 
-def _save(tensors, path):
+def _save(tensors, path, metadata):
     """safetensors writes local files only; a remote one is copied from there."""
     with contextlib.ExitStack() as stack:
         remote = "://" in str(path)
         local = f"{stack.enter_context(tempfile.TemporaryDirectory())}/{path.name}" if remote else str(path)
-        save_file(tensors, local, metadata={"format": "pt"})
+        save_file(tensors, local, metadata={"format": "pt", **metadata})
         os.chmod(local, os.stat(os.path.dirname(local)).st_mode & 0o666)  # safetensors lets the owner alone read it
         if remote:
             epath.Path(local).copy(path)
