@@ -22,8 +22,8 @@ import numpy as np
 import workload
 from peers.jaxpost_step import model_config
 
-from jaxpost.config import OptimizerConfig
 from jaxpost.data.rows import build_batch
+from jaxpost.keys import OptimizerConfig
 from jaxpost.losses import reward
 from jaxpost.models.policy import Policy
 from jaxpost.train.optimizer import make_optimizer

@@ -1,8 +1,8 @@
-"""The configuration: every key a user may set, checked once and before anything is loaded.
+"""The configuration: the keys of `keys.py`, checked once and before anything is loaded.
 
 A config file (`configs/dpo.py`) has `get_config()` that returns an ml_collections ConfigDict. `load` finds and runs it,
-`override` sets single keys from the command line, and `resolve` turns the result into the frozen dataclasses below.
-Whatever is wrong raises a ConfigError whose one line begins with the key. These fields are the only list of keys.
+`override` sets single keys from the command line, and `resolve` turns the result into frozen dataclasses.
+Whatever is wrong raises a ConfigError whose one line begins with the key.
 """
 
 import dataclasses
@@ -11,273 +11,25 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from jaxpost import schema
 from jaxpost.errors import ConfigError
-from jaxpost.schema import Scalar, Sources, free_keys, key, to_dict
-
-# What data.allow may name: REFUSALS of jaxpost.data.preflight, less NEVER_ALLOWED.
-Refusal = Literal[
-    "two_bos",
-    "no_end_trained",
-    "end_does_not_stop",
-    "empty_mask",
-    "seen_trained",
-    "header_trained",
-    "completion_lost",
-    "not_shown",
-    "pad_inside",
-    "chosen_equals_rejected",
-    "prompt_not_prefix",
-    "too_many_dropped",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
-    adapter: str | None = key("dotted path to a function of model.path that returns a models.adapter.Adapter", None)
-    balance_loss: float | None = key("weight of the experts' load-balancing loss; None = config.json's", None, low=0)
-    score_heads: int | None = key("reward: scalar heads on one trunk; None = 1, or those of model.path", None, low=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    rank: int | None = key("of low-rank adapters, which then train in place of the weights; None = off", None, low=1)
-    alpha: float = key("the adapters' product is scaled by alpha / rank", 16.0, above=0)
-    targets: tuple[str, ...] = key(
-        "regular expressions, searched in attn/{q,k,v,o} and mlp/{gate,up,down}", ("attn/", "mlp/")
-    )
-    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    dora: bool = key("train each output's magnitude too (DoRA)", False)
-    dropout: float = key("share of an adapter's inputs left out in training", 0.0, low=0, below=1)
-    path: str | None = key("adapter to go on from, in the layout of PEFT; rank and the like are its own", None)
-    any_base: bool = key("take adapters that were trained on other weights of the same shapes", False)
-    quantize: Literal["none", "int8", "nf4"] = key("how the weights beneath are held (nf4: QLoRA)", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    path: str | None = key("folder or file (.model, tokenizer.json); None = the model's", None)
-    template: str | None = key("chat template: a path or `plain`; None = the tokenizer's own", None)
-
-
-SCRIPTS = Literal[
-    *("Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati"),
-    *("Gurmukhi", "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana", "Khmer", "Lao", "Latin", "Malayalam"),
-    *("Mongolian", "Myanmar", "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan"),
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class QualityConfig:
-    """Which training examples are left out; all off by default. Of a pair both answers must pass."""
-
-    prompt_characters: tuple[int, int] | None = key("fewest and most characters of the prompt", None, low=0)
-    prompt_words: tuple[int, int] | None = key("fewest and most words of the prompt", None, low=0)
-    answer_characters: tuple[int, int] | None = key("fewest and most characters of each answer", None, low=0)
-    answer_words: tuple[int, int] | None = key("fewest and most words of each answer", None, low=0)
-    scripts: tuple[SCRIPTS, ...] = key("keep what is written in these", ())
-    script_share: float = key("share of the letters that must belong to data.quality.scripts", 0.9, above=0, high=1)
-    drop_refusals: bool = key("drop answers (of pairs: chosen ones) that begin with a refusal", False)
-    refusal_phrases: tuple[str, ...] = key("phrases that count as refusals besides those known", ())
-    drop_matching: tuple[str, ...] = key("regular expressions; dropped where one is found in any text", ())
-    keep_matching: tuple[str, ...] = key("regular expressions; dropped unless one of them is found in a text", ())
-    decontaminate: tuple[str, ...] = key("evaluation files, named as in data.train", ())
-    decontaminate_ngram: int = key("words of a run that is compared", 8, low=1)
-    decontaminate_share: float = key("share of an evaluation text's runs; 0 = any one run", 0.5, low=0, high=1)
-    exact_duplicates: bool = key("drop all but the first of equal examples, case and spaces aside", False)
-    near_duplicates: float | None = key(
-        "drop what is this similar to a longer one (Jaccard; extra `quality`); None = off", None, above=0, high=1
-    )
-    near_ngram: int = key("words of the runs whose sets are compared", 5, low=1)
-    near_permutations: int = key("of MinHash: the similarity is right to about 1/sqrt of it", 128, low=16)
-
-    @property
-    def on(self) -> bool:
-        """Whether anything can be left out."""
-        lengths = (self.prompt_characters, self.prompt_words, self.answer_characters, self.answer_words)
-        one_by_one = (self.scripts, self.drop_refusals, self.drop_matching, self.keep_matching, self.decontaminate)
-        return any((*lengths, *one_by_one, self.exact_duplicates, self.near_duplicates))
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    train: Sources = key("`embedded`, a path, or a list of paths, [path, weight] or {'path': ..., 'tokens': a budget}")
-    eval: Sources | None = key("as data.train; None = the held-out split of `embedded`, else see eval_examples", None)
-    eval_examples: int = key("where data.eval is None: examples of data.train held out, drawn by run.seed", 200, low=0)
-    format: str = key("name of the record format; auto = by the fields", "auto")
-    max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
-    on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
-    on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
-    # Real files lose 0.4 % to faults (hh-rlhf), up to 2 % to length at fitting settings: beyond 5 % a setting is wrong.
-    max_dropped: float = key("largest share of the examples that may be dropped", 0.5, low=0, high=1)
-    allow: tuple[Refusal, ...] = key("refusals of the preflight that become warnings", ())
-    tokenize: Literal["auto", "ahead", "lazy"] = key(
-        "before the first step or as the run goes; auto = lazy beyond 100,000 uncached examples where run.steps is set",
-        "auto",
-    )
-    workers: int | None = key("processes that tokenise; 0 = none besides, None = by cores and work", None, low=0)
-    cache_dir: str | None = key(
-        "tokenised data, indices of files, unpacked files; None = the user's cache folder, '' = off", None
-    )
-    quality: QualityConfig = QualityConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    name: tuple[str, ...] | None = key(
-        "name in jaxpost.losses or dotted path `pkg.mod:fn`; of pairs also a list, summed; None = the stage's own",
-        None,
-    )
-    weights: tuple[float, ...] | None = key("of the losses of loss.name, one each; None = 1 each", None, low=0)
-    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = key(
-        "of pairs: from the reference, in DPO and those of its relatives where it is defined (f-DPO)", "reverse_kl"
-    )
-    divergence_alpha: float = key("alpha of loss.divergence='alpha_divergence'", 0.5, low=0)
-    ld_alpha: float = key("of pairs: what tokens beyond the shorter answer count (LD-DPO); 1 = all", 1.0, low=0, high=1)
-    wpo: bool = key("of pairs: weigh each by how likely the policy is to say it (WPO)", False)
-    hyperparameters: Mapping[str, Scalar] = free_keys(
-        "the loss function's own keyword arguments, held against its signature"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferenceConfig:
-    path: str | None = key("the reference model, named as model.path; None = the initial weights", None)
-    mode: Literal["cached", "live", "moving"] = key(
-        "log-probabilities computed once and kept on disk, or each step; moving: each step, of weights that follow",
-        "cached",
-    )
-    alpha: float = key("moving: reference = alpha * policy + (1 - alpha) * reference; 1 = a copy", 1.0, above=0, high=1)
-    every: int = key("moving: updates between two such steps of the reference (tau of TR-DPO)", 512, low=1)
-    cache_dir: str | None = key("folder of the cached log-probabilities; None = the user's cache folder", None)
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    margin: float = key(
-        "bradley_terry: margin for each point by which the data score the chosen one higher", 0.0, low=0
-    )
-    bootstrap: bool = key("several heads: each learns from its own half of the examples, weighted twice", True)
-    init_std: float | None = key(
-        "standard deviation of fresh heads in units of 1/sqrt(D + 1); None = 0 for one head, 1 for several", None, low=0
-    )
-    normalize_on: Sources | None = key("data whose scores get mean 0 and spread 1; None = what is evaluated on", None)
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherConfig:
-    """Of the stage distill: whose distribution over the next token is learnt."""
-
-    path: str | None = key("the teacher, named as model.path, with the same tokenizer; read in every step", None)
-    outputs: str | None = key("folder that `jaxpost teach` wrote, in place of a loaded teacher", None)
-    top_k: int | None = key("its k likeliest tokens, the rest as one; None = all, or those stored", None, low=1)
-    temperature: float = key("divides the logits of both before they are compared", 1.0, above=0)
-    nll_weight: float = key("weight of the data's own negative log-likelihood, added to the loss", 0.0, low=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "adafactor", "lion", "muon"] = key("muon: on matrices, adamw on the rest", "adamw")
-    learning_rate: float = key("peak, per step", 1e-4, above=0)
-    schedule: Literal["cosine", "linear", "constant"] = key("shape after the warmup", "cosine")
-    warmup_steps: int = key("steps of linear rise to the peak, none of them at rate 0", 0, low=0)
-    final_fraction: float = key("learning rate of the last step, as a share of the peak", 0.1, low=0, high=1)
-    b1: float = key("decay of the first moment, per step", 0.9, low=0, below=1)
-    b2: float = key("decay of the second moment, per step", 0.999, low=0, below=1)
-    eps: float = key("added to the root of the second moment", 1e-8, above=0)
-    weight_decay: float = key("decoupled; times the learning rate, per step", 0.0, low=0)
-    clip_norm: float | None = key("largest global norm of the gradient; None = off", 1.0, above=0)
-    freeze: tuple[str, ...] = key("regular expressions; a parameter whose path has a match stays as it is", ())
-    no_decay: tuple[str, ...] = key("as optimizer.freeze: no weight decay; norms and biases have none anyway", ())
-    max_bad_steps: int = key("consecutive steps with a non-finite gradient that end the run", 10, low=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchConfig:
-    rows_per_step: int = key("rows of one optimizer step, over all devices and microbatches", 8, low=1)
-    tokens_per_row: int = key("tokens of a packed row", 1024, low=2)
-    accumulate: int = key("microbatches a step is cut into; divides rows_per_step", 1, low=1)
-    documents_per_row: int = key("most documents (conversations, pairs) packed into a row", 32, low=1)
-    completions: int | None = key("reward: most completions of a ranking; None = as the data have", None, low=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int = key("devices along `data` (weights copied); -1 = the rest", 1, low=-1)
-    fsdp: int = key("devices along `fsdp` (weights and optimizer state split); -1 = the rest", -1, low=-1)
-    tensor: int = key("devices along `tensor` (heads and mlp split); -1 = the rest", 1, low=-1)
-    expert: int = key("devices along `expert` (rows and a mixture's experts split); -1 = the rest", 1, low=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    dir: str | None = key("run folder, may be gs://; None = a new runs/STAGE-N", None)
-    steps: int | None = key("optimizer steps; this or run.epochs", None, low=1)
-    epochs: int | None = key("passes over data.train; this or run.steps", None, low=1)
-    seed: int = key("of the data order, the held-out draw and every random draw", 0, low=0, high=2**31 - 1)
-    eval_every: int = key("steps between evaluations; 0 = only at the end", 0, low=0)
-    eval_prompts: int = key(
-        "held-out prompts completed (reward: whose completions are scored) before and after training; 0 = none",
-        3,
-        low=0,
-    )
-    eval_new_tokens: int = key("most tokens of such a completion", 64, low=1)
-    checkpoint_every: int = key("steps between checkpoints; 0 = only at the end", 0, low=0)
-    keep_last: int = key("newest checkpoints kept", 2, low=1)
-    keep_best: int = key("checkpoints of lowest evaluation loss kept besides", 1, low=0)
-    resume: bool = key("go on from the newest checkpoint of run.dir; afresh where there is none", False)
-    profile: tuple[int, int] | None = key("(first step, steps) of a jax.profiler trace; None = off", None, low=1)
-    log_to: tuple[Literal["tensorboard", "wandb"], ...] = key("besides metrics.jsonl", ("tensorboard",))
-    export: bool = key("write the final weights in Hugging Face layout to RUN_DIR/export", True)
-    compilation_cache: str | None = key("folder of compiled programs; None = the user's cache folder, '' = off", None)
-
-
-@dataclasses.dataclass(frozen=True)
-class PrecisionConfig:
-    params: Literal["float32", "bfloat16"] = key("master weights and optimizer moments", "float32")
-    compute: Literal["auto", "float32", "bfloat16"] = key("auto = bfloat16 on accelerators, float32 on CPU", "auto")
-    reference: Literal["auto", "float32", "bfloat16"] = key("weights of reference, teacher; auto = as computed", "auto")
-
-
-@dataclasses.dataclass(frozen=True)
-class RematConfig:
-    policy: Literal["none", "full", "dots", "dots_no_batch"] = key("what the backward pass keeps of a layer", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """A resolved configuration. Made by `resolve`, never by hand."""
-
-    stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward", "distill"] = key("the method")
-    model: ModelConfig
-    lora: LoraConfig
-    tokenizer: TokenizerConfig
-    data: DataConfig
-    loss: LossConfig
-    reference: ReferenceConfig
-    reward: RewardConfig
-    teacher: TeacherConfig
-    optimizer: OptimizerConfig
-    batch: BatchConfig
-    mesh: MeshConfig
-    run: RunConfig
-    precision: PrecisionConfig
-    remat: RematConfig
-
-
-DEFAULT_LOSS = {
-    **{"sft": "nll", "dpo": "sigmoid", "orpo": "orpo", "simpo": "simpo", "cpo": "cpo", "kto": "kto"},
-    "reward": "bradley_terry",
-    "distill": "forward_kl",
-}
-STAGES_WITH_REFERENCE = ("dpo", "kto")
-STAGES_WITH_SCORES = ("reward",)  # that train scalar heads, not words
-STAGES_OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")
-KEYS_OF_PAIRS = ("weights", "divergence", "divergence_alpha", "ld_alpha", "wpo")  # of loss.*
+from jaxpost.keys import (
+    DEFAULT_LOSS,
+    KEYS_OF_PAIRS,
+    STAGES_OF_PAIRS,
+    STAGES_WITH_REFERENCE,
+    STAGES_WITH_SCORES,
+    Config,
+    LoraConfig,
+    LossConfig,
+    QualityConfig,
+    ReferenceConfig,
+    RewardConfig,
+    TeacherConfig,
+)
+from jaxpost.schema import Scalar, to_dict
 
 
 def resolve(config) -> Config:

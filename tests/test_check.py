@@ -13,9 +13,9 @@ import pytest
 
 from jaxpost import cli, embedded
 from jaxpost import config as configs
-from jaxpost.config import Refusal
 from jaxpost.data.preflight.findings import NEVER_ALLOWED, REFUSALS
 from jaxpost.errors import DataError
+from jaxpost.keys import Refusal
 from jaxpost.train.setup import open_data, open_model
 from tests.worlds import dpo_config, write_pairs
 

@@ -22,7 +22,13 @@ LAYERS = [
     {"sharding", "ops"},
     {"types"},
 ]
-BASE = {"errors", "schema", "config", "__init__"}  # import nothing of ours but each other; anyone may import them
+BASE = {
+    "errors",
+    "schema",
+    "keys",
+    "config",
+    "__init__",
+}  # import nothing of ours but each other; anyone may import them
 # Within a layer only these look sideways.
 SIDEWAYS = {("main", "cli"), ("__main__", "cli"), ("cli", "api"), ("sampling", "data")}
 # The little world that ships: data and rules for everyone; its scripts, which no room imports, use the api.

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpost
-from jaxpost.config import BatchConfig, OptimizerConfig
 from jaxpost.data.loader import Loader
 from jaxpost.data.values import attach
+from jaxpost.keys import BatchConfig, OptimizerConfig
 from jaxpost.losses import preference
 from jaxpost.losses import sft as sft_losses
 from jaxpost.models.hf import read_config

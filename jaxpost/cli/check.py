@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpost import cli
-from jaxpost.config import STAGES_OF_PAIRS
 from jaxpost.errors import ConfigError
+from jaxpost.keys import STAGES_OF_PAIRS
 
 # The kind of documents that a stage trains on.
 KIND = {"sft": "sft", "distill": "sft", "kto": "unpaired", "reward": "ranking"} | dict.fromkeys(

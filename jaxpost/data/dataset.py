@@ -11,7 +11,6 @@ import numpy as np
 import rich.progress
 from rich.console import Console
 
-from jaxpost.config import QualityConfig
 from jaxpost.data import quality
 from jaxpost.data.cache import Cache
 from jaxpost.data.chunks import Chunk, Encoding, Fault
@@ -25,6 +24,7 @@ from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.data.workers import Encoder, Job, Task, Workers, cores
 from jaxpost.errors import ConfigError, DataError
+from jaxpost.keys import QualityConfig
 
 FOLDERS = ("tokens", "sources")  # of cache_dir
 CHUNK = 1024  # records of a chunk that is kept on disk

@@ -9,9 +9,9 @@ import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
-from jaxpost.config import STAGES_OF_PAIRS
 from jaxpost.embedded.dialogues import Score, score
 from jaxpost.errors import ConfigError
+from jaxpost.keys import STAGES_OF_PAIRS
 
 __all__ = ["Score", "evaluate", "path", "prompts", "resolve", "score", "sources"]
 

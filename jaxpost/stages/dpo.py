@@ -4,8 +4,8 @@ Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Se
 arXiv:2305.18290. The stages `orpo`, `simpo` and `cpo` are this one with a loss that reads no reference.
 """
 
-from jaxpost.config import STAGES_WITH_REFERENCE, ReferenceConfig
 from jaxpost.errors import ConfigError
+from jaxpost.keys import STAGES_WITH_REFERENCE, ReferenceConfig
 from jaxpost.losses.preference import traits_of
 from jaxpost.train.folder import choose_folder
 from jaxpost.train.loop import fit

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxpost import embedded
-from jaxpost.config import STAGES_WITH_SCORES, needs_all_documents
+from jaxpost.config import needs_all_documents
 from jaxpost.data import preflight
 from jaxpost.data.dataset import Dataset, load_dataset
 from jaxpost.data.loader import Loader
@@ -22,6 +22,7 @@ from jaxpost.data.quality import Removal
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
+from jaxpost.keys import STAGES_WITH_SCORES
 from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import rich.console
 
-from jaxpost.config import QualityConfig
 from jaxpost.data.dataset import load_dataset
 from jaxpost.data.encode import encode
 from jaxpost.data.formats import ExampleFault, parse
@@ -20,6 +19,7 @@ from jaxpost.data.sources import open_source
 from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import load_tokenizer
 from jaxpost.errors import DataError
+from jaxpost.keys import QualityConfig
 from tests.shared import SHARED, needs_shared
 
 GOOD = {"prompt": "Who wrote Emma?", "completion": " Jane Austen."}

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpost.config import QualityConfig
 from jaxpost.data.formats import parse
 from jaxpost.data.quality import Look, select, write
 from jaxpost.data.quality.filters import script_of
 from jaxpost.data.quality.texts import ngrams, normal, texts_of, words
 from jaxpost.data.sources import open_source
 from jaxpost.errors import DataError
+from jaxpost.keys import QualityConfig
 from jaxpost.types import Origin
 from tests.shared import SHARED, needs_shared
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from etils import epath
 
-from jaxpost.config import QualityConfig
 from jaxpost.data.formats import Example
 from jaxpost.data.quality.contamination import Evaluation
 from jaxpost.data.quality.duplicates import Fingerprints, find_duplicates
 from jaxpost.data.quality.filters import Filters
 from jaxpost.data.quality.removal import REASONS, Removal
 from jaxpost.data.quality.texts import texts_of
+from jaxpost.keys import QualityConfig
 
 NAME = "data_removed.jsonl"  # in a run folder
 __all__ = ["NAME", "REASONS", "Look", "Removal", "select", "write"]

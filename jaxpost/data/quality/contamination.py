@@ -3,12 +3,12 @@
 import collections
 import logging
 
-from jaxpost.config import QualityConfig
 from jaxpost.data.formats import ExampleFault, detect, parse
 from jaxpost.data.quality.removal import Removal
 from jaxpost.data.quality.texts import Texts, ngrams, texts_of, words
 from jaxpost.data.sources import open_source
 from jaxpost.errors import DataError
+from jaxpost.keys import QualityConfig
 from jaxpost.types import Origin
 
 log = logging.getLogger("jaxpost")

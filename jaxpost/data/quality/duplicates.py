@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpost.config import QualityConfig
 from jaxpost.data.quality.removal import Removal
 from jaxpost.data.quality.texts import Texts, ngrams, normal, words
 from jaxpost.data.sources.base import require
+from jaxpost.keys import QualityConfig
 from jaxpost.types import Origin
 
 SEED = 1  # of the permutations

@@ -4,9 +4,9 @@ import functools
 import re
 import unicodedata
 
-from jaxpost.config import QualityConfig
 from jaxpost.data.quality.removal import Removal
 from jaxpost.data.quality.texts import Texts, normal, words
+from jaxpost.keys import QualityConfig
 
 BEGINNING = 200  # characters of an answer in which a refusal stands
 REFUSALS = (
