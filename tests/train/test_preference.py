@@ -25,7 +25,7 @@ class Given:
 
     config = types.SimpleNamespace(experts=None)
 
-    def token_stats(self, params, batch, *, chunk):
+    def token_stats(self, params, batch, *, chunk, key=None):
         scored = (batch.rows.weights != 0).astype(jnp.float32)
         zeros = jnp.zeros_like(scored)
         logps, squares = params["logps"] * scored, params["log_sum_sq_probs"] * scored
