@@ -134,7 +134,9 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
-    path: str | None = key("the reference model, named as model.path; None = the initial weights", None)
+    path: str | None = key(
+        "the reference model, named as model.path, or an adapter for it; None = the initial weights", None
+    )
     mode: Literal["cached", "live", "moving"] = key(
         "log-probabilities computed once and kept on disk, or each step; moving: each step, of weights that follow",
         "cached",
