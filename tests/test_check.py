@@ -196,7 +196,7 @@ def test_allowing_what_does_not_exist_lists_what_does(arguments, capsys):
         ("--examples=-1", "error: argument --examples: expected a whole number from 0, got '-1'\n"),
         (
             "--kind=pairs",
-            "error: --kind: no format holds 'pairs'; there are sft, preference, ranking, unpaired, prompt\n",
+            "error: --kind: no format holds 'pairs'; there are sft, preference, ranking, stepwise, unpaired, prompt\n",
         ),
         ("--strict=no", "error: argument --strict: invalid choice: 'no' (choose from "),
     ],

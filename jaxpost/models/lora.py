@@ -104,7 +104,8 @@ def merged(params: Any, lora: Lora) -> Any:
     for module, leaves in modules.items():
         if any(name.startswith((PREFIX, "weight_")) for name in leaves):
             bias = {name: leaf for name, leaf in leaves.items() if name == "bias"}
-            leaves = {"weight": _worked_in(leaves, lora.scale, dtype), **bias}
+            # One at a time: programs with collectives that overlap can wait for each other on simulated devices.
+            leaves = {"weight": jax.block_until_ready(_worked_in(leaves, lora.scale, dtype)), **bias}
         found |= {(*module, name): leaf for name, leaf in leaves.items()}
     return unflatten_dict(found)
 

@@ -80,7 +80,7 @@ def quantizer(kind: str, modules: Collection[str]):
     def keep(path, array):
         if path[-1] != "weight" or path[0] not in ("layers", "tail") or "/".join(path[1:-1]) not in modules:
             return {path: array}
-        values, scale = quantize(array)
+        values, scale = jax.block_until_ready(quantize(array))  # one at a time: one plain weight is held
         return {(*path[:-1], f"weight_{kind}"): values, (*path[:-1], f"weight_{kind}_scale"): scale}
 
     return keep

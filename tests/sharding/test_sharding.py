@@ -142,7 +142,7 @@ def experts_grad_fn(policy, params, rows):
 
     def loss(params):
         batch = Batch(rows, {}, {}, np.zeros((8, 2), np.int32))
-        stats, terms, metrics = forward(policy, params, batch, chunk=64)
+        stats, terms, metrics = forward(policy, params, batch, chunk=64, key=None)
         return -stats.logps.sum() / rows.weights.sum() + terms["router"].mean.value, metrics
 
     (loss, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
