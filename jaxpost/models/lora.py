@@ -135,15 +135,16 @@ def with_magnitudes(adapters: Any, base: Any) -> Any:
             for name in path[:-1]:
                 leaves = leaves[name]
             norms = jax.jit(jax.vmap(lambda leaves, n=inputs: column_norms(weight_of(leaves, "float32"), n)))
-            flat[path] = norms(leaves).astype(leaf.dtype)
+            found = jax.device_put(norms(leaves).astype(leaf.dtype), leaf.sharding)
+            flat[path] = jax.block_until_ready(found)  # one at a time, as in `merged`
     return unflatten_dict(flat)
 
 
 def fresh(abstract: Any, base: Any, key: Array) -> Any:
-    """New adapters like `abstract`: A uniform with variance 1 / (3 * inputs), as PEFT draws it, and B zero.
+    """New adapters like `abstract`: A uniform with variance 1 / (3 * inputs), as PEFT draws it, the rest zero.
 
     base: all parameters beneath, the heads of a reward model among them. To be jit-compiled with the shardings of the
-    result.
+    result; `with_magnitudes` completes those of DoRA.
     """
 
     def draw(number, path, leaf):
@@ -156,4 +157,4 @@ def fresh(abstract: Any, base: Any, key: Array) -> Any:
 
     flat = flatten_dict(abstract)
     drawn = {path: draw(number, path, leaf) for number, (path, leaf) in enumerate(sorted(flat.items()))}
-    return with_magnitudes(unflatten_dict(drawn), base)
+    return unflatten_dict(drawn)

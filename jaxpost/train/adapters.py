@@ -41,7 +41,7 @@ def adapted(model, settings: Lora, folder: epath.Path | None, *, base, mesh, see
             return hf.load_adapter(folder, policy, abstract, shardings, None if any_base else model.path)
         draw = jax.jit(functools.partial(lora.fresh, abstract), out_shardings=shardings)
         with jax.set_mesh(mesh):
-            return draw(base.load(), jax.random.key(seed))
+            return lora.with_magnitudes(draw(base.load(), jax.random.key(seed)), base.load())
 
     return dataclasses.replace(
         model, policy=policy, abstract=abstract, shardings=shardings, loader=load, base=base, adapter=folder

@@ -45,6 +45,7 @@ def adapted(settings, config=None, fresh=False):
     base, adapters = lora.split(random_params(policy))
     if fresh:
         adapters = lora.fresh(lora.split(policy.abstract())[1], base, jax.random.key(0))
+        adapters = lora.with_magnitudes(adapters, base)
     return policy, base, adapters
 
 
