@@ -181,7 +181,7 @@ class Checkpointer:
         later = [s for s in self.steps() if s >= step]
         if not later:
             return
-        if self.restored is None or self._restored >= step:
+        if self.restored is None or self.restored >= step:
             raise CheckpointError(
                 f"{self.directory}: already holds step {max(later)}, so step {step} of this run cannot be saved; "
                 "resume that run, or choose another run.dir"
