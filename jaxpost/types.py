@@ -139,8 +139,9 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What an engine returns for one prompt."""
+    """What an engine returns for one prompt (numpy)."""
 
     tokens: Array  # int32[C], without the prompt, the stop token included
-    logps: Array  # f32[C]
+    logps: Array  # f32[C], under softmax(logits / temperature), which a trainer computes again (greedy: temperature 1)
     finish_reason: str  # "stop" | "length"
+    drawn_logps: Array | None = None  # f32[C], under what the tokens were drawn from: penalties, filters, choices
