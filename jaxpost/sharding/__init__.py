@@ -1,6 +1,23 @@
 """Mesh, rules, constraints: the only place that knows how arrays lie on devices."""
 
 from jaxpost.sharding.mesh import make_mesh
-from jaxpost.sharding.rules import RULES, batch_sharding, batch_shards, constrain, named_shardings, shardings_like
+from jaxpost.sharding.rules import (
+    RULES,
+    batch_sharding,
+    batch_shards,
+    constrain,
+    named_shardings,
+    shardings_like,
+    with_dtype,
+)
 
-__all__ = ["RULES", "batch_sharding", "batch_shards", "constrain", "make_mesh", "named_shardings", "shardings_like"]
+__all__ = [
+    "RULES",
+    "batch_sharding",
+    "batch_shards",
+    "constrain",
+    "make_mesh",
+    "named_shardings",
+    "shardings_like",
+    "with_dtype",
+]

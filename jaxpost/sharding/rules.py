@@ -74,6 +74,11 @@ def named_shardings(axes: Any, mesh: Mesh, abstract: Any) -> Any:
     )
 
 
+def with_dtype(abstract: Any, dtype: Any) -> Any:
+    """The tree of jax.ShapeDtypeStruct with the shapes of `abstract`, all of one type, lying nowhere."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (the first dimension) over data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

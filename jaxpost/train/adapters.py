@@ -11,14 +11,13 @@ from jaxpost.errors import ConfigError
 from jaxpost.models import hf, lora
 from jaxpost.models.lora import Lora
 from jaxpost.models.quantize import quantizer
-from jaxpost.sharding import named_shardings
+from jaxpost.sharding import named_shardings, with_dtype
 
 
 def as_base(model, quantize: str):
     """The model held in the type it computes in, or in fewer bits; its weights are read once and kept."""
-    dtype = model.policy.compute_dtype
     keep = None if quantize == "none" else quantizer(quantize, lora.modules_of(model.policy.config))
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.abstract)
+    abstract = with_dtype(model.abstract, model.policy.compute_dtype)
     model = dataclasses.replace(model, abstract=abstract, quantized=quantize)
     return dataclasses.replace(model, loader=functools.cache(functools.partial(model.load, keep)))
 
@@ -33,7 +32,7 @@ def adapted(model, settings: Lora, folder: epath.Path | None, *, base, mesh, see
     if mesh is None:
         return dataclasses.replace(model, policy=policy, adapter=folder)
     dtype = jax.tree.leaves(model.abstract)[0].dtype
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), lora.split(policy.abstract())[1])
+    abstract = with_dtype(lora.split(policy.abstract())[1], dtype)
     shardings = named_shardings(lora.split(policy.axes())[1], mesh, abstract)
 
     def load():

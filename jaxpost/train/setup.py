@@ -28,7 +28,7 @@ from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
-from jaxpost.sharding import batch_shards, make_mesh, named_shardings
+from jaxpost.sharding import batch_shards, make_mesh, named_shardings, with_dtype
 from jaxpost.train.adapters import as_loaded, with_adapters
 
 log = logging.getLogger("jaxpost")
@@ -156,8 +156,7 @@ def open_model(config, mesh, *, path: str | None = None, any_head: bool = False)
     template = load_template(config.tokenizer.template, tokenizer)
     abstract = shardings = fresh = None
     if mesh is not None:
-        masters = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.precision.params)  # noqa: E731
-        abstract = jax.tree.map(masters, policy.abstract())
+        abstract = with_dtype(policy.abstract(), config.precision.params)
         shardings = named_shardings(policy.axes(), mesh, abstract)
     if config.model.adapter is None and policy.config.num_scores != found.num_scores:
         fresh = functools.partial(fresh_scores, policy.config, config.reward.init_std, config.run.seed)
@@ -239,8 +238,7 @@ def open_reference(config, model: Model, mesh) -> Model:
 def reference_weights(config, model: Model) -> Model:
     """The model, held in the type that precision.reference says: it is never trained."""
     dtype = model.policy.compute_dtype if config.precision.reference == "auto" else config.precision.reference
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.abstract)
-    return dataclasses.replace(model, abstract=abstract)
+    return dataclasses.replace(model, abstract=with_dtype(model.abstract, dtype))
 
 
 def open_data(config, model: Model, kind: str, inspect=None) -> Data:

@@ -21,6 +21,7 @@ from jaxpost.models.hf.config import FAMILIES
 from jaxpost.models.hf.keys import read_json
 from jaxpost.models.hf.names import Piece, from_slice, pieces, sizes_of
 from jaxpost.models.policy import Policy
+from jaxpost.sharding import with_dtype
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,7 +54,7 @@ def load_params(
     abstract = policy.abstract()
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-    typed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+    typed = with_dtype(abstract, dtype)
     weights = FAMILIES[policy.config.family].weights(policy.config)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(epath.Path(path), weight_files(epath.Path(path), stack), stack)
