@@ -38,6 +38,5 @@ def run(config) -> Run:
         model=model,
         data=data,
         objective=objective,
-        load_params=model.load,
         frozen=teacher.frozen,
     )

@@ -51,7 +51,6 @@ def run(config) -> Run:
         model=model,
         data=data,
         objective=objective,
-        load_params=model.load,
         frozen=reference.frozen,
         carry=reference.carry,
     )

@@ -23,7 +23,7 @@ def run(config) -> Run:
     folder, resume = choose_folder(config)
     mesh = open_mesh(config)
     model = open_model(config, mesh)
-    fitted = functools.partial(fit, config, folder, resume, mesh=mesh, model=model, load_params=model.load)
+    fitted = functools.partial(fit, config, folder, resume, mesh=mesh, model=model)
     if config.loss.name == ("process",):
         # 3. to 5. for answers of several steps: score each step at its last token, against its label.
         data = open_data(config, model, "stepwise")

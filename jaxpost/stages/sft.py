@@ -23,4 +23,4 @@ def run(config) -> Run:
     data = open_data(config, model, "sft")
     # 4. Minimise the loss of the trained tokens.
     objective = sft_objective(model.policy, loss, chunk=logits_chunk(mesh))
-    return fit(config, folder, resume, mesh=mesh, model=model, data=data, objective=objective, load_params=model.load)
+    return fit(config, folder, resume, mesh=mesh, model=model, data=data, objective=objective)

@@ -34,15 +34,12 @@ from jaxpost.types import TrainState
 log = logging.getLogger("jaxpost")
 
 
-def fit(
-    config, folder, resume: bool, *, mesh, model, data, objective, load_params, frozen=None, carry=None, evaluator=None
-) -> Run:
-    """Trains `model` on `data` and returns the Run.
+def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=None, carry=None, evaluator=None) -> Run:
+    """Trains `model`, which is loaded here unless the run is resumed, on `data` and returns the Run.
 
     Args:
       config: resolved. folder: the run folder, and whether to go on from its newest checkpoint (`resume`).
       objective: see train/step.py. frozen: what it reads besides the parameters. carry: the `Carry` it remembers.
-      load_params: () -> initial weights in their shards; not called on resume.
       evaluator: None: an Evaluator of the objective.
 
     Raises:
@@ -75,7 +72,7 @@ def fit(
         if resume and start is None:
             log.warning("run.resume: no checkpoint in %s yet; starting afresh", folder)
         if start is None:
-            state = jax.jit(init, donate_argnums=(0, 1), out_shardings=shardings)(load_params(), carry.load())
+            state = jax.jit(init, donate_argnums=(0, 1), out_shardings=shardings)(model.load(), carry.load())
         else:
             state, extra = checkpoints.restore(with_shardings(abstract, shardings))
             loader = train_loader(config, data, extra.get("plan"))
