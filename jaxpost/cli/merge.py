@@ -40,14 +40,13 @@ def run(arguments: list[str]) -> None:
     recipe = Recipe(flags.method, weights, flags.density, flags.scale, flags.seed)
     target = cli.new_folder("--to", flags.to)
 
-    from jaxpost import embedded  # after the flags are found good: what follows loads jax
-    from jaxpost.models import hf
-    from jaxpost.train.folder import is_run
+    from jaxpost.models import hf  # after the flags are found good: what follows loads jax
+    from jaxpost.train.folder import is_run, model_folder
 
     def find(path: str) -> str:
         if is_run(path):
             raise CheckpointError(f"{path}: a run folder; give its export ({path}/export, or see jaxpost export)")
-        return hf.resolve(embedded.resolve(path))
+        return str(model_folder(path))
 
     base, models = flags.base and find(flags.base), [find(path) for path in flags.model]
     check_words([base, *models] if base else models)

@@ -6,12 +6,12 @@ import functools
 import jax
 from etils import epath
 
-from jaxpost import embedded
 from jaxpost.errors import ConfigError
 from jaxpost.models import hf, lora
 from jaxpost.models.lora import Lora
 from jaxpost.models.quantize import quantizer
 from jaxpost.sharding import named_shardings, with_dtype
+from jaxpost.train.folder import model_folder
 
 
 def as_base(model, quantize: str):
@@ -81,7 +81,7 @@ def as_loaded(model, folder, mesh, *, any_base: bool = False):
 
 def adapter_folder(path: str) -> epath.Path:
     """Raises ConfigError for a folder without an adapter."""
-    folder = epath.Path(hf.resolve(embedded.resolve(path)))
+    folder = model_folder(path)
     if not hf.is_adapter(folder):
         raise ConfigError(f"lora.path: {folder} holds no {hf.ADAPTER_CONFIG}; wanted an adapter in the layout of PEFT")
     return folder

@@ -1,4 +1,4 @@
-"""The run folder: config.json, metrics.jsonl, checkpoints/, export/. One run a folder, never written over."""
+"""Folders of runs (config.json, metrics.jsonl, checkpoints/, export/; one run each, never written over) and models."""
 
 import itertools
 import json
@@ -7,7 +7,9 @@ import logging
 from etils import epath
 
 from jaxpost import config as configs
+from jaxpost import embedded
 from jaxpost.errors import CheckpointError, ConfigError
+from jaxpost.models import hf
 
 log = logging.getLogger("jaxpost")
 
@@ -43,6 +45,14 @@ def choose_folder(config) -> tuple[epath.Path, bool]:
         if key in MAY_GROW and old is not None and new is not None and new < old:
             raise ConfigError(f"{key}: {new} is less than the {old} of the run in {folder}; only more may be asked for")
     return folder, True
+
+
+def model_folder(path: str) -> epath.Path:
+    """Where a model lies that is named as in `model.path`: of the embedded world, of the hub, or a folder.
+
+    Raises ConfigError, CheckpointError.
+    """
+    return epath.Path(hf.resolve(embedded.resolve(path)))
 
 
 def is_run(folder) -> bool:

@@ -8,11 +8,10 @@ import json
 from etils import epath
 
 from jaxpost import config as configs
-from jaxpost import embedded
 from jaxpost.errors import DataError
 from jaxpost.models import hf
 from jaxpost.models.adapter import Adapter
-from jaxpost.train.folder import MAY_DIFFER, write_atomically
+from jaxpost.train.folder import MAY_DIFFER, model_folder, write_atomically
 from jaxpost.train.setup import Model, open_model
 
 NAME = "inputs.json"
@@ -29,7 +28,7 @@ def describe(config, model, data) -> dict[str, str]:
     models = {"model": model}
     for name in ("reference", "teacher"):
         if (path := getattr(config, name).path) is not None:
-            folder = epath.Path(hf.resolve(embedded.resolve(path)))
+            folder = model_folder(path)
             adapters = dataclasses.replace(model, adapter=folder) if hf.is_adapter(folder) else None
             models[name] = adapters or open_model(config, mesh=None, path=path)
     for name, opened in models.items():

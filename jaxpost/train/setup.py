@@ -30,6 +30,7 @@ from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
 from jaxpost.sharding import batch_shards, make_mesh, named_shardings, with_dtype
 from jaxpost.train.adapters import as_loaded, with_adapters
+from jaxpost.train.folder import model_folder
 
 log = logging.getLogger("jaxpost")
 
@@ -144,7 +145,7 @@ def open_model(config, mesh, *, path: str | None = None, any_head: bool = False)
     any_head: not to be trained, so it may have words or scores for a head; else the stage decides.
     """
     name = embedded.resolve(path or config.model.path)
-    folder = epath.Path(hf.resolve(name))
+    folder = model_folder(name)
     if config.model.adapter is not None:
         policy = imported("model.adapter", config.model.adapter)(str(folder))
         _with_experts(config, policy.config)
@@ -218,7 +219,7 @@ def open_reference(config, model: Model, mesh) -> Model:
     Of a model with adapters: the base beneath them, with the adapters of lora.path; a path may be that of others.
     """
     path = config.reference.path or config.lora.path
-    folder = None if path is None else epath.Path(hf.resolve(embedded.resolve(path)))
+    folder = None if path is None else model_folder(path)
     if folder is not None and hf.is_adapter(folder):
         return as_loaded(model, folder, mesh, any_base=config.lora.any_base)
     if model.base is not None and folder in (None, model.path):
