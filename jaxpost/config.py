@@ -163,9 +163,8 @@ def _contradictions(c: Config):
     if list(sizes.values()).count(-1) > 1:
         rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
         yield rest[1], f"-1 (the rest) may stand for one axis only, and {rest[0]} has it"
-    shards = (
-        max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
-    )  # -1 counts as 1 here: the mesh checks the rest
+    # -1 counts as 1 here: the mesh checks the rest
+    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
     if batch.rows_per_step // batch.accumulate % shards:
         rows = f"{batch.rows_per_step // batch.accumulate} rows of a microbatch"
         yield "batch.rows_per_step", f"mesh.data x mesh.fsdp x mesh.expert = {shards} devices do not divide the {rows}"

@@ -100,7 +100,7 @@ class DataConfig:
     max_tokens: int | None = key("longest prompt + completion in tokens; None = what model and row hold", None, low=2)
     on_bad: Literal["drop", "error"] = key("a faulty example is dropped and counted, or ends the run", "drop")
     on_long: Literal["drop", "truncate"] = key("what happens to an example longer than max_tokens", "drop")
-    # Real files lose 0.4 % to faults (hh-rlhf), up to 2 % to length at fitting settings: beyond 5 % a setting is wrong.
+    # hh-rlhf loses 0.4 % to faults, 2 % to length where model and row are long enough; beyond half a setting is wrong.
     max_dropped: float = key("largest share of the examples that may be dropped", 0.5, low=0, high=1)
     allow: tuple[Refusal, ...] = key("refusals of the preflight that become warnings", ())
     tokenize: Literal["auto", "ahead", "lazy"] = key(

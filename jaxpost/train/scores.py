@@ -61,9 +61,8 @@ def _batch_scores(policy, params, batch: Batch) -> Array:
 
 def loader_scores(policy, params, mesh, loader: Loader) -> np.ndarray:
     """f32[documents, N, R]: scores, not normalised, of one pass of the loader; NaN where there is no completion."""
-    policy = dataclasses.replace(
-        policy, config=dataclasses.replace(policy.config, score_norm=())
-    )  # one program for all
+    # One program, however the scores are normalised.
+    policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, score_norm=()))
     found = np.full((len(loader.documents), loader.branches, policy.config.num_scores), np.nan, np.float32)
     with jax.set_mesh(mesh):
         for step in range(loader.steps_in_epoch(0)):
