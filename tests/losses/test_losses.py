@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from jaxpost import losses
-from jaxpost.losses import distill, pairs, preference, reward, sft, unpaired
+from jaxpost.losses import distill, pairs, policy, preference, reward, sft, unpaired
 from tests.parity.oracles import check_file
 from tests.shared import SHARED, needs_shared
 
-ORACLES = ["dpo", "kto", "orpo", "cpo", "reward", "bco", "sft", "fused_lm_head", "distill"]
+ORACLES = [
+    *("dpo", "kto", "orpo", "cpo", "reward", "bco", "sft", "fused_lm_head", "distill"),
+    *("ppo", "grpo_is_correction"),
+]
 
 
 @pytest.mark.parametrize("module", [pairs, preference, unpaired, reward, sft, distill])
@@ -24,7 +27,7 @@ def test_examples_in_docstrings(module):
     assert found.attempted and not found.failed
 
 
-@pytest.mark.parametrize("table", [preference, unpaired, reward, sft, distill])
+@pytest.mark.parametrize("table", [preference, unpaired, reward, policy, sft, distill])
 def test_every_loss_names_its_source(table):
     for name, loss in table.LOSSES.items():
         assert name == "nll" or "arXiv:" in loss.__doc__, name

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost.losses import distill, pairs, preference, reward, sft, unpaired
+from jaxpost.losses import distill, kl, pairs, policy, preference, reward, sft, unpaired, value
+from jaxpost.ops import masked
 from jaxpost.ops.logprobs import Head, token_logps
+from jaxpost.rl import advantages, rewards
 
 TOLERANCE = 1e-6  # relative to the largest value of an output; 1e-6 absolute where that is below 1
 CHECKS = {}
@@ -168,6 +170,92 @@ def reward_(inputs, hyper):
 
     value, grad = jax.value_and_grad(loss)(jnp.asarray(inputs["rewards"]))
     return {"loss": value, "grad_rewards": grad}
+
+
+@check
+def ppo(inputs, hyper):
+    """A rollout's rewards and advantages, then the loss of one minibatch.
+
+    The reference takes the first padding place for a completion's last token: its score, its values and their loss lie
+    on `longer`, a completion one token longer where there is room, its log-probabilities on `mask`, and where there are
+    none it writes 1. It takes entropy and approximate KL as means over all places, padding too.
+    """
+    if "shift_mean" in hyper:
+        return whitened(inputs, hyper)
+    places = np.arange(inputs["responses"].shape[1])
+    mask, longer = ((places <= inputs["sequence_lengths"][:, None] + more).astype(np.float64) for more in (0, 1))
+    logps, reference = (np.where(mask, inputs[name], 1.0) for name in ("logprobs", "ref_logprobs"))
+    values = np.where(longer, inputs["values"], 0.0)
+    ended = (inputs["postprocessed_responses"] == 1).any(1)
+    scores = rewards.penalize_missing_eos(inputs["scores"], ended, penalty=hyper["missing_eos_penalty"] or 0.0)
+    kl_tokens = kl.KL_ESTIMATORS[hyper["kl_estimator"]](logps, reference)
+    given = rewards.token_rewards(scores[:, None], kl_tokens, longer, kl_coef=hyper["kl_coef"])
+    if hyper["whiten_rewards"]:
+        given = masked.whiten(given, longer, shift_mean=False)
+    gae = advantages.gae(given, values, masked.continues(longer), gamma=hyper["gamma"], lam=hyper["lam"])
+    whitened_advantages, returns = masked.whiten(gae[0], mask), gae[1]
+    rollout = {
+        **{
+            "padding_mask": mask == 0,
+            "padding_mask_p1": longer == 0,
+            "masked_logprobs": logps,
+            "masked_values": values,
+        },
+        **{"kl": kl_tokens, "non_score_reward": -hyper["kl_coef"] * kl_tokens, "scores_after_penalty": scores},
+        **{"rewards": given, "advantages": whitened_advantages, "returns": returns},
+    }
+    old = {"logps": logps, "values": values, "advantages": whitened_advantages, "returns": returns}
+    return rollout | ppo_minibatch(inputs, hyper, old, mask, longer)
+
+
+def whitened(inputs, hyper):
+    """The reference whitens what lies outside the mask too."""
+    x, mask = inputs["whiten_x"], inputs["whiten_mask"].astype(np.float64)
+    mean, variance = masked.moments(x, mask)
+    outside = (x - mean) / jnp.sqrt(variance + masked.EPSILON) + (0 if hyper["shift_mean"] else mean)
+    ours = masked.whiten(x, mask, shift_mean=hyper["shift_mean"])
+    return {"y": np.where(mask, ours, outside), "mean": mean, "var": variance}
+
+
+def ppo_minibatch(inputs, hyper, old, mask, longer):
+    """Loss, gradients and diagnostics."""
+    context, responses = inputs["queries"].shape[1], inputs["responses"]
+    mean = lambda x, mask: (x * mask).sum() / mask.sum()  # noqa: E731
+    clip = {"epsilon_low": hyper["cliprange"], "epsilon_high": hyper["cliprange"]}
+    clip_values = {"clip_range": hyper["cliprange_value"]}
+
+    def loss(logits, new_values):
+        logps = jax.nn.log_softmax(logits[:, context - 1 : -1] / (hyper["temperature"] + 1e-7))
+        chosen = jnp.take_along_axis(logps, responses[..., None], axis=-1)[..., 0]
+        chosen = jnp.where(mask > 0, chosen, 1.0)
+        predicted = jnp.where(longer > 0, new_values[:, context - 1 : -1, 0], 0.0)
+        log_ratios = chosen - old["logps"]
+        both, of_values = (log_ratios, old["advantages"]), (predicted, old["values"], old["returns"])
+        entropy = -(jnp.exp(logps) * logps).sum(-1)
+        said = {
+            **{"new_logprobs": chosen, "vpred": predicted, "ratio": policy.ratios(log_ratios)},
+            "pg_loss": mean(policy.ppo(*both, **clip), mask),
+            "pg_clipfrac": mean(policy.is_clipped(*both, **clip), mask),
+            "vf_loss": mean(value.squared_error(*of_values, **clip_values), longer),
+            "vf_clipfrac": mean(value.is_clipped(*of_values, **clip_values), longer),
+            "approxkl": kl.k2(chosen, old["logps"]).mean(),
+            **{"per_token_entropy": entropy, "entropy": entropy.mean()},
+        }
+        said["loss"] = said["pg_loss"] + hyper["vf_coef"] * said["vf_loss"]
+        return said["loss"], said
+
+    grads, said = jax.grad(loss, (0, 1), has_aux=True)(inputs["new_logits"], inputs["new_values"])
+    return said | dict(zip(("grad_logits", "grad_values"), grads, strict=True))
+
+
+@check
+def grpo_is_correction(inputs, hyper):
+    level, outside = hyper["mode"].split("_")
+    log_ratios = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]) * inputs["completion_mask"]
+    if level == "sequence":
+        log_ratios = log_ratios.sum(1, keepdims=True)
+    limits = {"low": hyper["clip_min"], "high": hyper["clip_max"]}
+    return {"ratio": policy.importance_weights(log_ratios, outside=outside, **limits)}
 
 
 @check
