@@ -29,7 +29,9 @@ CORE = [
 ]
 PARQUET = ["pyarrow>=20"]
 QUALITY = ["datasketch>=2,<3"]
-TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY]
+HTTP = ["httpx2>=2.10,<3", "anyio>=4.9"]
+SERVER = ["starlette>=1,<2", "uvicorn>=0.40"]  # what tests sample from
+TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY, *HTTP, *SERVER]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
@@ -37,6 +39,7 @@ EXTRAS = {
     "parquet": PARQUET,
     "tfds": ["tensorflow-datasets>=4.9.10,<5"],  # tfds:NAME, without TensorFlow
     "quality": QUALITY,  # near-duplicates
+    "http": HTTP,  # samples from an OpenAI-compatible server
     "log": ["wandb>=0.19"],  # run.log_to may name wandb
     "eval": ["scipy>=1.14"],
     "plot": ["matplotlib>=3.9,<4"],  # lengths.png of `jaxpost check --out=DIR` and of a run

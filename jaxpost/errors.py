@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A model folder, a weight file or a run folder."""
+
+
+class EngineError(UserError):
+    """A server that samples: gone, hanging, refusing, or not returning what is asked of it."""
