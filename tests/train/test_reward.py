@@ -14,6 +14,8 @@ from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.losses import reward
 from jaxpost.models.policy import Policy
+from jaxpost.sharding import make_mesh
+from jaxpost.train import setup
 from jaxpost.train.reward import head_weights, process_objective, ranking_loss, reward_objective, taken
 from jaxpost.train.scores import Scores, completion_scores, joined, normalization, normalized
 from jaxpost.types import Document, Origin
@@ -207,6 +209,30 @@ def given(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(given, tmp_path_factory):
     return jaxpost.run(reward_config(*given, tmp_path_factory.mktemp("reward") / "run", checkpoint_every=2))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(given, tmp_path_factory):
+    """The metrics of a run of one head on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        run = jaxpost.run(reward_config(*given, tmp_path_factory.mktemp("one") / "run", heads=1, export=False))
+    assert run.mesh.size == 1
+    return run.metrics
+
+
+SLOW_MESHES = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ({"data": 8, "fsdp": 1}, {"fsdp": 8})]
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, *SLOW_MESHES])
+def test_the_stage_begins_at_ln_2_on_every_mesh(given, on_one_device, tmp_path, sizes):
+    """And goes on alike: the losses of one device and of eight, before, in and after training."""
+    config = reward_config(*given, tmp_path / "run", heads=1, export=False)
+    found = jaxpost.run(config | {"mesh": sizes}).metrics
+    for name in ("loss", "eval/loss"):
+        np.testing.assert_allclose([found[name][0, 1], on_one_device[name][0, 1]], math.log(2), atol=1e-6)
+        np.testing.assert_allclose(found[name], on_one_device[name], atol=1e-5)
+    assert found["loss"][-1, 1] < math.log(2) - 1e-3
 
 
 QUESTION, ANSWERS = "What is the capital of Chile?", ["The capital of Chile is Santiago.", "Rome."]
