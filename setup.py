@@ -42,7 +42,7 @@ EXTRAS = {
     "http": HTTP,  # samples from an OpenAI-compatible server
     "log": ["wandb>=0.19"],  # run.log_to may name wandb
     "eval": ["scipy>=1.14"],
-    "plot": ["matplotlib>=3.9,<4"],  # lengths.png of `jaxpost check --out=DIR` and of a run
+    "plot": ["matplotlib>=3.9,<4"],  # lengths.png, reward.png, frontier.png
     "test": TEST,
     "dev": [*TEST, "ruff>=0.12,<0.18", "pre-commit>=4", "jaxtyping>=0.3"],
 }

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from jaxpost.data import pictures
+from jaxpost.errors import UserError
 from jaxpost.train.evaluation import INTERVAL, Evaluation, Evaluator, wilson_interval
 from jaxpost.train.folder import write_atomically
 from jaxpost.train.report import short_names
@@ -181,11 +183,10 @@ def write_report(folder, documents, scores: np.ndarray) -> None:
     found = report(documents, scores)
     write_atomically(folder / f"{NAME}.json", json.dumps(found, indent=1) + "\n")
     try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no state
-    except ImportError:
-        log.warning("no picture of %s.json: it needs matplotlib: pip install 'jaxpost[plot]'", folder / NAME)
+        figure = pictures.new_figure(f"a picture of {folder / NAME}.json", figsize=(12, 4))
+    except UserError as error:
+        log.warning("%s", error)
         return
-    figure = Figure(figsize=(12, 4), layout="constrained")
     curve, buckets, scatter = figure.subplots(1, 3)
     draw_shares(curve, [bin["predicted"] for bin in found["calibration"]], found["calibration"])
     curve.plot((0.5, 1), (0.5, 1), color="black", linewidth=1)
@@ -197,8 +198,7 @@ def write_report(folder, documents, scores: np.ndarray) -> None:
     said = found["length_correlation"]
     title = f"correlation {said['value']:.2f} [{said['low']:.2f}, {said['high']:.2f}]" if said else "no correlation"
     scatter.set(xlabel="tokens of the completion", ylabel="score", title=title)
-    with (folder / f"{NAME}.png").open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    pictures.save(figure, folder / f"{NAME}.png")
 
 
 def draw_shares(axes, places, shares: list[dict]) -> None:

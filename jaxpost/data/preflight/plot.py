@@ -1,13 +1,12 @@
-"""The picture of the lengths. Needs matplotlib (extra `plot`), which is imported here and nowhere else."""
+"""The picture of the lengths."""
 
 import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from etils import epath
 
+from jaxpost.data import pictures
 from jaxpost.data.preflight.measure import Lengths
-from jaxpost.errors import UserError
 
 BINS = 60
 
@@ -17,13 +16,8 @@ def write_histograms(lengths: Lengths, path, title: str, limits: Mapping[str, in
 
     Raises UserError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no state
-    except ImportError:
-        raise UserError("a picture of the lengths needs matplotlib: pip install 'jaxpost[plot]'") from None
-
+    figure = pictures.new_figure("a picture of the lengths", figsize=(8, 7))
     series = {field.name: getattr(lengths, field.name) for field in dataclasses.fields(lengths)}
-    figure = Figure(figsize=(8, 7), layout="constrained")
     figure.suptitle(title)
     longest = max(int(lengths.whole.max()), 1)
     edges = np.linspace(0, longest + 1, min(BINS, longest + 1) + 1)
@@ -38,6 +32,4 @@ def write_histograms(lengths: Lengths, path, title: str, limits: Mapping[str, in
         axes.set_ylabel(f"{name}: sequences")
         axes.legend(fontsize="small", loc="upper right")  # "best" looks for a place, and warns where that takes long
     axes.set_xlabel("tokens")
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with epath.Path(path).open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    pictures.save(figure, path)
