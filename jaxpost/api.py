@@ -33,17 +33,18 @@ def run(config) -> Run:
     return RUN[resolved.stage](resolved)
 
 
-def load(path, *, template: str | None = None) -> LoadedModel:
+def load(path, *, template: str | None = None, weights: bool = True) -> LoadedModel:
     """The newest weights of a run folder, or a model by path (as `model.path`), to talk to and to export.
 
     template: chat template of a model that has none of its own (as `tokenizer.template`).
+    weights: False leaves them unread, where a server samples: `params` and `mesh` are None.
     """
     use_compilation_cache(None)
     path = os.fspath(path)
     if is_run(path):
-        return load_run(path)
+        return load_run(path, weights=weights)
     values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
     config = configs.resolve(values | {"tokenizer": {"template": template}})
-    mesh = make_mesh()
+    mesh = make_mesh() if weights else None
     model = open_model(config, mesh, any_head=True)
-    return LoadedModel(model, model.load(), mesh)
+    return LoadedModel(model, model.load() if weights else None, mesh)

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxpost import cli
+from jaxpost import api, cli
+from jaxpost.errors import CheckpointError
 from jaxpost.main import main as train
 from jaxpost.train.run import LoadedModel
 from tests.worlds import dpo_config, write_model, write_pairs
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 OVERRIDES = ["--config.loss.beta=0.25", "--config.run.seed=7"]
+ASK = ["--checkpoint=embedded:sft", "--prompts=embedded:prompts", "--to=out.jsonl", "--url=http://localhost:1"]
 PAIR = {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Tuesday."}
 
 
@@ -69,7 +71,7 @@ def test_help_lists_the_verbs_and_every_key(capsys):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["trane"], "trane: unknown verb; there are train, check, data, teach, chat, export, merge"),
+        (["trane"], "trane: unknown verb; there are train, check, data, teach, chat, generate, export"),
         (["train"], "--config: missing; give a config file, as in --config=configs/dpo.py"),
         (["train", "--config=dppo"], "--config: no file dppo, and no config of that name; there are d"),
         (["train", "--config=dpo", "--steps=3"], "--steps=3: unknown argument; keys are set by --config.KEY=VALUE"),
@@ -79,6 +81,16 @@ def test_help_lists_the_verbs_and_every_key(capsys):
         (["train", "--config=dpo", "--config.batch.accumulate=3"], "batch.accumulate: 3 does not divide"),
         (["chat"], "the following arguments are required: --checkpoint"),
         (["chat", "--checkpoint=x", "--max-new-tokens=0"], "--max-new-tokens: 0 is out of range"),
+        (["generate", *ASK, "--top-p=2"], "--top-p: 2.0 is out of range; expected above 0, at most 1"),
+        (["generate", *ASK, "--stop="], "--stop: ('',) is out of range; expected strings that are not empty"),
+        (["generate", *ASK, "--max-new-tokens=0"], "--max-new-tokens: 0 is out of range; expected at least 1"),
+        (["generate", *ASK, "--logit-bias=a"], "argument --logit-bias: expected ID=BIAS, as in 42=-1.5, got 'a'"),
+        (["generate", *ASK, "--completions=0"], "--completions: 0 is out of range; expected at least 1"),
+        (["generate", *ASK, "--best-of=4"], "--reward: missing; --best-of needs a reward model"),
+        (["generate", *ASK, "--best-of=2", "--reward=x", "--completions=3"], "--best-of: 2 are fewer than the"),
+        (["generate", *ASK, "--adapter=x"], "--adapter: contradicts --url"),
+        (["generate", *ASK, "--api-key-env=NO_KEY"], "--api-key-env: there is no environment variable NO_KEY"),
+        (["generate", *ASK, "--prompts=nowhere.jsonl"], "nowhere.jsonl: "),
         (["export", "--run=nowhere", "--to=new"], "nowhere: "),
         (["chat", "--checkpoint=embedded:bass"], "embedded:bass: "),
     ],
@@ -136,6 +148,15 @@ def test_chat_talks_to_real_weights(given, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert cli.main(["chat", f"--checkpoint={given[0]}", "--max-new-tokens=4"]) == 0
     assert len(capsys.readouterr().out.strip().split()) <= 8
+
+
+def test_a_run_is_opened_without_its_weights(finished):
+    copy = shutil.copytree(finished, finished.parent / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        api.load(copy)
+    opened = api.load(copy, weights=False)
+    assert opened.params is None and opened.model.tokenizer.encode("Hello")
 
 
 def test_export_writes_a_model_folder_and_nothing_over(finished, given, tmp_path, capsys):

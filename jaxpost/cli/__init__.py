@@ -17,6 +17,7 @@ VERBS = {
     "data": "names file, line and transform of every document in a step's rows",
     "teach": "keeps what a teacher says of a config's data, to distill from",
     "chat": "talks to a checkpoint",
+    "generate": "draws completions for a file of prompts",
     "export": "writes a run's weights in Hugging Face layout, or its adapters in PEFT's",
     "merge": "makes one model of several (linear, slerp, ties, dare)",
 }
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: jaxpost VERB --help\n")
         for verb, summary in VERBS.items():
-            print(f"  {verb:8}{summary}")
+            print(f"  {verb:9}{summary}")
         return 0 if arguments else 2
     verb, *rest = arguments
     try:

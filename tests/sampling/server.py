@@ -56,6 +56,7 @@ class Server:
     def __init__(self):
         self.requests, self.keys, self.paths = [], [], []
         self.failures = []  # statuses of the next replies
+        self.context = 64
         self.hang_s = 0.0
         self.processed = False
         self.without = ()  # fields of a choice that are left out
@@ -67,7 +68,8 @@ class Server:
             Route(path, self._reload, methods=["POST"])
             for path in ("/update_weights_from_disk", "/collective_rpc", "/reset_prefix_cache")
         ]
-        settings = {"port": 0, "log_level": "critical", "lifespan": "off", "loop": "asyncio", "ws": "none"}
+        # Its logging settings would close the handlers of others: that of absl closes pytest's captured stderr.
+        settings = {"port": 0, "log_config": None, "lifespan": "off", "loop": "asyncio", "ws": "none"}
         config = uvicorn.Config(Starlette(routes=routes), **settings, timeout_graceful_shutdown=0)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -88,7 +90,7 @@ class Server:
         self._thread.join()
 
     async def _models(self, request):
-        return JSONResponse({"data": [{"id": "fake", "max_model_len": 64}, {"id": "other"}]})
+        return JSONResponse({"data": [{"id": "fake", "max_model_len": self.context}, {"id": "other"}]})
 
     async def _completions(self, request):
         body = await request.json()

@@ -1,0 +1,114 @@
+"""`jaxpost generate --checkpoint=DIR --prompts=FILE --to=OUT.jsonl`: completions for a file of prompts, resumable."""
+
+import argparse
+import dataclasses
+import os
+
+from rich.console import Console
+from rich.progress import track
+
+from jaxpost import cli
+from jaxpost.cli import sampling
+
+ABOUT = """A prompt is a record of any format: `prompt` (raw text, which is continued, or messages), `messages` or
+`conversations` (a last turn of the assistant's is left out), or what precedes the answer in the other formats.
+
+OUT gets one JSON line a prompt: index, the prompt as `messages` or `prompt`, and `completions`, each with text,
+finish_reason (stop or length), tokens, logp (sum over its tokens, in nats, at this temperature) and, with --reward,
+score. The same command goes on where it was stopped; once all is there the lines are in the order of the prompts, and
+the file is what it would have been without a stop. OUT.settings.json says what it was made with.
+
+With --url a server draws (vLLM, SGLang; extra `http`); --checkpoint then names its tokenizer and chat template.
+"""
+
+
+def run(arguments: list[str]) -> None:
+    flags = parse(arguments)
+    from jaxpost import api, embedded  # after the flags are found good: what follows loads jax
+    from jaxpost.data.sources import open_source
+    from jaxpost.train import generation
+
+    source = open_source(embedded.resolve(flags.prompts))
+    model = api.load(flags.checkpoint, weights=flags.url is None)
+    if flags.adapter:
+        model = model.with_adapter(flags.adapter)
+    settings = sampling.settings(flags, model.model.tokenizer)
+    asked = generation.read_prompts(source, model, settings)
+    reward = api.load(flags.reward) if flags.reward else None
+    output = generation.Output(flags.to, describe(flags, source, model, reward, settings))
+    if output.done:
+        print(f"{flags.to}: going on after {len(output.done):,} of {len(asked):,} prompts")
+    made = generation.generate(
+        model,
+        engine_of(flags, model),
+        asked,
+        output,
+        settings=settings,
+        seed=flags.seed,
+        completions=flags.best_of or flags.completions,
+        keep=flags.completions if flags.best_of else None,
+        score=reward and generation.scorer(reward, model),
+        token_ids=flags.token_ids,
+    )
+    console = Console()
+    left = len(asked) - len(output.done)
+    for _ in track(made, "prompts", total=left, console=console, transient=True, disable=not console.is_terminal):
+        pass
+    print(f"{flags.to}: {len(asked):,} prompts")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = cli.Parser("generate", epilog=ABOUT)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="run folder, model folder or embedded:sft")
+    add("--adapter", metavar="DIR", help="adapter for it, in the layout of PEFT")
+    add("--prompts", required=True, metavar="FILE", help="file, folder or data set of prompts, or embedded:prompts")
+    add("--to", required=True, metavar="OUT.jsonl", help="file to write, or to go on with")
+    add("--completions", type=int, default=1, metavar="N", help="of each prompt (1)")
+    add("--best-of", type=int, metavar="N", help="draw N, and keep those --completions that --reward scores best")
+    add("--reward", metavar="DIR", help="reward model that scores the completions: run or model folder")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    add("--token-ids", action="store_true", help="write each completion's token_ids too")
+    sampling.add_flags(parser, temperature=1.0, max_new_tokens=256)
+    add("--url", required=True, metavar="URL", help="server that draws, as http://localhost:8000")
+    add("--served-model", metavar="NAME", help="the model's name there (the first that it lists)")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
+    add("--concurrency", type=int, default=64, metavar="N", help="requests to the server at once (64)")
+    flags = parser.parse_args(arguments)
+    for name in ("completions", "best_of", "concurrency"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: {value} is out of range; expected at least 1")
+    if flags.best_of and not flags.reward:
+        parser.error("--reward: missing; --best-of needs a reward model that says which is best")
+    if flags.best_of and flags.best_of < flags.completions:
+        parser.error(f"--best-of: {flags.best_of} are fewer than the --completions={flags.completions} to keep")
+    if flags.url and flags.adapter:
+        parser.error("--adapter: contradicts --url, whose server has weights of its own; leave it out")
+    if flags.api_key_env and not os.environ.get(flags.api_key_env):
+        parser.error(f"--api-key-env: there is no environment variable {flags.api_key_env}")
+    return flags
+
+
+def engine_of(flags, model):
+    if not flags.url:
+        return model.engine()
+    from jaxpost.sampling.http import HttpEngine
+
+    key = os.environ[flags.api_key_env] if flags.api_key_env else None
+    names = {"model": flags.served_model, "api_key": key, "concurrency": flags.concurrency}
+    return HttpEngine(flags.url, **names, need_logps=False)
+
+
+def describe(flags, source, model, reward, settings) -> dict:
+    """All that decides what is written."""
+    return {
+        "checkpoint": None if flags.url else model.fingerprint(),
+        "served_model": flags.served_model if flags.url else None,
+        "engine": "http" if flags.url else "local",
+        "tokenizer": model.model.tokenizer.fingerprint,
+        "template": model.model.template.fingerprint,
+        "prompts": source.fingerprint,
+        "reward": reward and reward.fingerprint(),
+        **{f"sampling.{name}": value for name, value in dataclasses.asdict(settings).items()},
+        **{name: getattr(flags, name) for name in ("completions", "best_of", "seed", "token_ids")},
+    }
