@@ -1,14 +1,21 @@
 """Policy-gradient losses: log-ratios and advantages of sampled tokens in, one value per token out, f32.
 
-log_ratios are log pi(a_t | s_t) - log pi_old(a_t | s_t), pi_old the policy at the start of the update. Arrays are
-[C, T], a completion a row, or packed rows [B, T]; what stands at places without a token means nothing and affects no
-other. The advantage of a whole completion is given at each of its tokens, or as [C, 1]. It is a constant.
+To add one: write a function of those of `log_ratios, advantages, logps` that it reads, hyperparameters keyword-only,
+and decorate it with `@policy`. log_ratios are log pi(a_t | s_t) - log pi_old(a_t | s_t), pi_old the policy at the start
+of the update; logps is the first of the two. Arrays are [C, T], a completion a row, or packed rows [B, T]; what stands
+at places without a token means nothing and affects no other. What belongs to a whole completion (its advantage, the
+mean or sum of its log-ratios) is given at each of its tokens, or as [C, 1]. Advantages are constants.
+
+GRPO, DAPO and Dr. GRPO are `ppo` with advantages of groups and a mean of their own (`token_mean`, `completion_mean`,
+`constant_mean`); GSPO is `ppo` of mean log-ratios, RLOO of summed ones; LUSPO is GSPO under `constant_mean`.
 """
 
 from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+
+from jaxpost.types import Mean
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -61,6 +68,70 @@ def ppo(
     return -objective
 
 
+@policy
+def cispo(
+    log_ratios: "Float[Array, '...']",
+    advantages: "Float[Array, '...']",
+    logps: "Float[Array, '...']",
+    *,
+    ratio_high: float = 5.0,
+) -> "Float[Array, '...']":
+    """CISPO: -sg(min(r, ratio_high)) A log pi, sg = stop-gradient: clipped tokens count less, but still count.
+
+    MiniMax 2025, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", arXiv:2506.13585,
+    equation 4, with no lower bound (ratio_high is its 1 + epsilon_high).
+
+    >>> print(cispo(jnp.log(jnp.array([9.0])), jnp.array([1.0]), jnp.array([-2.0])))
+    [10.]
+    """
+    return -jax.lax.stop_gradient(jnp.minimum(ratios(log_ratios), ratio_high)) * advantages * logps
+
+
+@policy
+def sapo(
+    log_ratios: "Float[Array, '...']",
+    advantages: "Float[Array, '...']",
+    *,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+) -> "Float[Array, '...']":
+    """SAPO: -(4 / tau) sigma(tau (r - 1)) A, a soft gate in the place of the clip; tau by the sign of A.
+
+    Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv:2511.20347.
+
+    >>> print(sapo(jnp.array([0.0]), jnp.array([1.0])))  # 4 sigma(0)
+    [-2.]
+    """
+    tau = jnp.where(advantages > 0, temperature_positive, temperature_negative)
+    return -4 / tau * jax.nn.sigmoid(tau * (ratios(log_ratios) - 1)) * advantages
+
+
+@policy
+def vespo(
+    log_ratios: "Float[Array, '...']",
+    advantages: "Float[Array, '...']",
+    logps: "Float[Array, '...']",
+    *,
+    k_positive: float = 2.0,
+    lambda_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+) -> "Float[Array, '...']":
+    """VESPO: -sg(w^k exp(lambda (1 - w))) A log pi, w = pi / pi_old of the completion; k, lambda by the sign of A.
+
+    log_ratios are summed over the completion, pi_old is the policy that sampled it. Shen et al. 2026, "VESPO:
+    Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training", arXiv:2602.10693.
+
+    >>> print(vespo(jnp.array([0.0]), jnp.array([1.0]), jnp.array([-2.0])))  # on policy: -A log pi
+    [2.]
+    """
+    k = jnp.where(advantages >= 0, k_positive, k_negative)
+    lam = jnp.where(advantages >= 0, lambda_positive, lambda_negative)
+    log_w = jnp.clip(log_ratios, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    weight = jnp.exp(k * log_w + lam * (1 - jnp.exp(log_w)))
+    return -jax.lax.stop_gradient(weight) * advantages * logps
+
+
 def is_clipped(
     log_ratios: "Float[Array, '...']",
     advantages: "Float[Array, '...']",
@@ -108,3 +179,73 @@ def importance_weights(
     if outside == "mask":
         held = jnp.where(weights == held, weights, 0.0)
     return jax.lax.stop_gradient(held)
+
+
+def off_policy_mask(
+    log_ratios: "Float[Array, '...']", advantages: "Float[Array, '...']", *, threshold: float
+) -> "Float[Array, '...']":
+    """0 at completions that were worse than others and that the policy has left by now, 1 elsewhere. No gradient.
+
+    log_ratios: log pi - log pi_sampler, means over completions; left: less than -threshold.
+    DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556, section 3.1.
+
+    >>> print(off_policy_mask(jnp.array([-1.0, -1.0, 1.0]), jnp.array([1.0, -1.0, -1.0]), threshold=0.5))
+    [1. 0. 1.]
+    """
+    kept = (advantages >= 0) | (-log_ratios <= threshold)
+    return jax.lax.stop_gradient(kept.astype(log_ratios.dtype))
+
+
+def high_entropy_mask(
+    entropies: "Float[Array, '...']", mask: "Float[Array, '...']", *, share: float
+) -> "Float[Array, '...']":
+    """1 at this share of the tokens (where mask is 1) with the highest entropy, 0 elsewhere. No gradient.
+
+    The quantile is that of the tokens given, as of a microbatch. Wang et al. 2025, "Beyond the 80/20 Rule: High-Entropy
+    Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning", arXiv:2506.01939.
+
+    >>> print(high_entropy_mask(jnp.array([0.1, 2.0, 0.5, 9.0]), jnp.array([1.0, 1.0, 1.0, 0.0]), share=0.4))
+    [0. 1. 0. 0.]
+    """
+    least = jnp.nanquantile(jnp.where(mask > 0, entropies, jnp.nan), 1 - share)
+    return jax.lax.stop_gradient(((entropies >= least) & (mask > 0)).astype(entropies.dtype))
+
+
+def token_mean(losses: "Float[Array, '...']", mask: "Float[Array, '...']") -> Mean:
+    """Every token counts the same: PPO, DAPO.
+
+    >>> print(token_mean(jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])).value)
+    3.0
+    """
+    return Mean(_total(losses, mask), mask.sum())
+
+
+def completion_mean(
+    losses: "Float[Array, '...']", mask: "Float[Array, '...']", lengths: "Float[Array, '...']", completions
+) -> Mean:
+    """Every completion counts the same, a token by 1 / length: GRPO (Shao et al. 2024, arXiv:2402.03300, equation 3).
+
+    lengths: scored tokens of the completion, at each token or [C, 1]. completions: how many there are.
+
+    >>> losses, mask = jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
+    >>> print(completion_mean(losses, mask, mask.sum(1, keepdims=True), 2).value)
+    3.75
+    """
+    return Mean(_total(losses / jnp.maximum(lengths, 1), mask), jnp.asarray(completions, losses.dtype))
+
+
+def constant_mean(losses: "Float[Array, '...']", mask: "Float[Array, '...']", completions, *, length: float) -> Mean:
+    """The sum over tokens, by completions and one length for all: Dr. GRPO, at the largest length; LUSPO, at 1.
+
+    Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", arXiv:2503.20783. Liu et al. 2026,
+    "Length-Unbiased Sequence Policy Optimization", arXiv:2602.05261.
+
+    >>> losses, mask = jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
+    >>> print(constant_mean(losses, mask, 2, length=3.0).value)
+    1.5
+    """
+    return Mean(_total(losses, mask), jnp.asarray(completions * length, losses.dtype))
+
+
+def _total(losses, mask):
+    return jnp.where(mask > 0, losses * mask, 0.0).sum()

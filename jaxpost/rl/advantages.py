@@ -1,12 +1,19 @@
-"""Advantages of sampled tokens."""
+"""Advantages: of tokens by a value model (jax), of whole completions by others of their prompt (numpy, host).
 
-from typing import TYPE_CHECKING
+Of completions, rewards are f[C], NaN where one has none: it counts for nothing and its advantage is 0. groups: int[C],
+the prompt of each; the completions of a group may stand anywhere.
+"""
+
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+EPSILON = 1e-4  # added to a standard deviation of rewards
 
 
 def gae(
@@ -45,3 +52,89 @@ def gae(
     _, advantages = jax.lax.scan(step, (end, end), by_time, reverse=True)
     advantages = jnp.moveaxis(advantages, 0, -1)
     return advantages, advantages + values
+
+
+def group_relative(
+    rewards: "Float[Array, 'C']", groups: "Float[Array, 'C']", *, scale: Literal["group", "batch", "none"] = "group"
+) -> "Float[Array, 'C']":
+    """(r - mean of its group) / std of the group, of all rewards given, or 1. f32[C]; 0 where a group is all alike.
+
+    Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4.1.2 (group); Liu et al. 2025, "Understanding
+    R1-Zero-Like Training", arXiv:2503.20783 (none).
+
+    >>> print(group_relative([1.0, 3.0, 5.0, 5.0], [0, 0, 7, 7], scale="none"))
+    [-1.  1.  0.  0.]
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale: {scale!r}, expected group, batch or none")
+    rewards = np.asarray(rewards, np.float64)
+    mean, std, _ = _of_groups(rewards, groups)
+    if scale == "batch":
+        std = _of_groups(rewards, np.zeros(len(rewards), int))[1]
+    return _filled((rewards - mean) / (1.0 if scale == "none" else std + EPSILON))
+
+
+def leave_one_out(rewards: "Float[Array, 'C']", groups: "Float[Array, 'C']") -> "Float[Array, 'C']":
+    """RLOO: r - mean of the others of its group. f32[C]; 0 where there are none.
+
+    Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+    LLMs", arXiv:2402.14740.
+
+    >>> print(leave_one_out([1.0, 2.0, 6.0], [0, 0, 0]))  # 1 - 8/2 ; 2 - 7/2 ; 6 - 3/2
+    [-3.  -1.5  4.5]
+    """
+    rewards = np.asarray(rewards, np.float64)
+    mean, _, count = _of_groups(rewards, groups)
+    return _filled((rewards - mean) * count / np.maximum(count - 1, 1))
+
+
+def normalized(advantages: "Float[Array, 'C']") -> "Float[Array, 'C']":
+    """(A - mean) / std over all that are given. f32[C].
+
+    Hu et al. 2025, "REINFORCE++", arXiv:2501.03262 (global advantage normalisation).
+
+    >>> print(normalized([1.0, 3.0, 2.0]).round(3))
+    [-1.  1.  0.]
+    """
+    return group_relative(advantages, np.zeros(len(advantages), int))
+
+
+def combined(rewards: "Float[Array, 'C F']", weights: "Float[Array, 'F']") -> "Float[Array, 'C']":
+    """The weighted sum of F rewards, f64[C], of those that there are; NaN where a completion has none.
+
+    >>> print(combined([[1.0, 2.0], [np.nan, 2.0]], [1.0, 0.5]))
+    [2. 1.]
+    """
+    rewards = np.asarray(rewards, np.float64)
+    summed = np.nansum(rewards * np.asarray(weights, np.float64), axis=1)
+    return np.where(np.isnan(rewards).all(axis=1), np.nan, summed)
+
+
+def decoupled(
+    rewards: "Float[Array, 'C F']", weights: "Float[Array, 'F']", groups: "Float[Array, 'C']"
+) -> "Float[Array, 'C']":
+    """GDPO: F rewards made group-relative each on its own, so that no scale drowns another, then summed. f32[C].
+
+    Liu et al. 2026, "GDPO: Group reward-Decoupled Normalization Policy Optimization", arXiv:2601.05242.
+
+    >>> print(decoupled([[1.0, 0.0], [2.0, 0.0], [3.0, 90.0]], [1.0, 1.0], [0, 0, 0]).round(2))
+    [-0.82 -0.3   1.12]
+    """
+    rewards = np.asarray(rewards, np.float64)
+    parts = np.stack([group_relative(column, groups) for column in rewards.T], axis=1)
+    return normalized(combined(np.where(np.isnan(rewards), np.nan, parts), weights))
+
+
+def _of_groups(rewards, groups) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, unbiased standard deviation and count of the rewards of each completion's group, f64[C] each."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    there = ~np.isnan(rewards)
+    count = np.bincount(index, there)
+    mean = np.bincount(index, np.where(there, rewards, 0.0)) / np.maximum(count, 1)
+    squares = np.bincount(index, np.where(there, (rewards - mean[index]) ** 2, 0.0))
+    std = np.sqrt(squares / np.maximum(count - 1, 1))
+    return mean[index], std[index], count[index]
+
+
+def _filled(advantages: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(advantages, nan=0.0).astype(np.float32)

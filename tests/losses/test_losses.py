@@ -17,7 +17,7 @@ from tests.shared import SHARED, needs_shared
 
 ORACLES = [
     *("dpo", "kto", "orpo", "cpo", "reward", "bco", "sft", "fused_lm_head", "distill"),
-    *("ppo", "grpo_is_correction"),
+    *("ppo", "grpo", "grpo_is_correction", "grpo_advantages", "rloo"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Policy-gradient losses, the value loss and KL estimates against loops and hand arithmetic."""
 
 import doctest
+import inspect
 import math
 
 import jax
@@ -50,22 +51,90 @@ def test_dual_clip_is_a_bound_for_bad_tokens_alone():
     np.testing.assert_allclose(policy.ppo(log_ratios, advantages, dual_clip=3.0), [-1.2, 3.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("given", WAYS)
-def test_at_the_start_of_an_update_nothing_is_clipped_and_the_gradient_is_the_policy_gradient(given):
-    _, advantages = random_tokens()
-    log_ratios = jnp.zeros_like(advantages)
-    loss, grad = jax.value_and_grad(lambda x: policy.ppo(x, advantages, **given).sum())(log_ratios)
-    np.testing.assert_allclose(loss, -advantages.sum(), rtol=1e-6)
-    np.testing.assert_allclose(grad, -advantages, rtol=1e-6)
-    assert policy.is_clipped(log_ratios, advantages, **given).sum() == 0
+def of_logps(name, logps, old, advantages, **given):
+    """A loss of the table, as a function of the log-probabilities."""
+    loss_fn = policy.LOSSES[name]
+    reads = inspect.signature(loss_fn).parameters
+    inputs = {"log_ratios": logps - old, "advantages": advantages, "logps": logps}
+    return loss_fn(**{key: value for key, value in inputs.items() if key in reads}, **given)
 
 
-@pytest.mark.parametrize("given", WAYS)
+EVERY = [*((name, {}) for name in policy.LOSSES), *(("ppo", given) for given in WAYS[1:])]
+
+
+@pytest.mark.parametrize("name, given", EVERY)
+def test_at_the_start_of_an_update_the_gradient_is_the_policy_gradient(name, given):
+    logps, advantages = random_tokens()
+    grad = jax.grad(lambda x: of_logps(name, x, logps, advantages, **given).sum())(logps)
+    np.testing.assert_allclose(grad, -advantages, rtol=1e-5)
+    assert policy.is_clipped(jnp.zeros_like(advantages), advantages).sum() == 0
+
+
+@pytest.mark.parametrize("name, given", EVERY)
 @pytest.mark.parametrize("far", [-1e4, -100.0, 100.0, 1e4])
-def test_a_token_far_off_policy_leaves_values_and_gradients_finite(given, far):
-    for advantage in (-1.0, 0.0, 1.0):
-        loss, grad = jax.value_and_grad(policy.ppo)(jnp.float32(far), jnp.float32(advantage), **given)
-        assert np.isfinite(loss) and np.isfinite(grad)
+def test_a_token_far_off_policy_leaves_values_and_gradients_finite(name, given, far):
+    advantages, logps = jnp.array([-1.0, 0.0, 1.0]), jnp.full(3, -2.0)
+    value, grad = jax.value_and_grad(lambda x: of_logps(name, x, logps - far, advantages, **given).sum())(logps)
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_soft_relatives_by_a_loop():
+    logps, advantages = random_tokens()
+    old = logps - random_tokens(seed=1)[0]
+    for place, advantage in np.ndenumerate(np.float64(advantages)):
+        logp, ratio = float(logps[place]), math.exp(float(logps[place] - old[place]))
+        tau, k, lam = (0.8, 2.0, 3.0) if advantage > 0 else (1.2, 3.0, 2.0)
+        expected = {
+            "cispo": -min(ratio, 1.5) * advantage * logp,
+            "sapo": -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage,
+            "vespo": -(ratio**k) * math.exp(lam * (1 - ratio)) * advantage * logp,
+        }
+        hyper = {"cispo": {"ratio_high": 1.5}, "sapo": {"temperature_positive": 0.8, "temperature_negative": 1.2}}
+        for name, wanted in expected.items():
+            found = of_logps(name, logps[place], old[place], advantages[place], **hyper.get(name, {}))
+            np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cispo", "vespo"])
+def test_weights_of_the_score_have_no_gradient(name):
+    """The gradient is weight * advantage, of the log-probability alone."""
+    logps, advantages = random_tokens()
+    old = logps - random_tokens(seed=1)[0]
+    values = of_logps(name, logps, old, advantages)
+    grad = jax.grad(lambda x: of_logps(name, x, old, advantages).sum())(logps)
+    np.testing.assert_allclose(grad, values / logps, rtol=1e-5)
+
+
+def test_three_means_by_a_loop_and_over_microbatches():
+    """What stands outside the mask, NaN too, counts for nothing; an empty completion counts as one."""
+    losses, mask = random_tokens()[0], np.float32(np.random.default_rng(2).random((4, 16)) < 0.6)
+    mask[2] = 0
+    rows = [[float(x) for x, inside in zip(*row, strict=True) if inside] for row in zip(losses, mask, strict=True)]
+    tokens = [x for row in rows for x in row]
+    expected = [sum(tokens) / len(tokens), sum(sum(r) / max(len(r), 1) for r in rows) / 4, sum(tokens) / 4 / 20]
+    losses = jnp.where(mask > 0, losses, jnp.nan)
+
+    def means(part):
+        x, inside = losses[part], jnp.array(mask[part])
+        lengths = inside.sum(1, keepdims=True)
+        return (
+            policy.token_mean(x, inside),
+            policy.completion_mean(x, inside, lengths, len(x)),
+            policy.constant_mean(x, inside, len(x), length=20),
+        )
+
+    np.testing.assert_allclose([mean.value for mean in means(slice(0, 4))], expected, rtol=1e-5)
+    parts = zip(means(slice(0, 1)), means(slice(1, 4)), strict=True)
+    np.testing.assert_allclose([(a + b).value for a, b in parts], expected, rtol=1e-5)
+
+
+def test_the_tokens_of_highest_entropy():
+    draw = np.random.default_rng(0)
+    entropies, mask = jnp.float32(draw.permutation(100).reshape(4, 25)), jnp.ones((4, 25)).at[3].set(0)
+    kept = policy.high_entropy_mask(entropies, mask, share=0.2)
+    of_tokens = np.sort(np.asarray(entropies)[:3].ravel())
+    assert kept.sum() == 15 and (kept[3] == 0).all()
+    assert entropies[kept > 0].min() == of_tokens[-15]
 
 
 @pytest.mark.parametrize("clip_range", [None, 0.2])

@@ -259,6 +259,97 @@ def grpo_is_correction(inputs, hyper):
 
 
 @check
+def grpo_advantages(inputs, hyper):
+    given, weights = inputs[hyper["input"]], hyper["reward_weights"]
+    groups = np.arange(len(given)) // hyper["num_generations"]
+    if hyper["multi_objective_aggregation"] == "normalize_then_sum":
+        return {"advantages": advantages.decoupled(given, weights, groups)}
+    summed = advantages.combined(given, weights)
+    return {"advantages": advantages.group_relative(summed, groups, scale=hyper["scale_rewards"])}
+
+
+@check
+def rloo(inputs, hyper):
+    """The KL is in the reward, of whole completions; the loss is PPO's, of whole completions too."""
+    mask = inputs["completion_mask"].astype(np.float64)
+    if "num_generations" in hyper:
+        given = inputs["rewards_per_func"].sum(1).astype(np.float64)
+        if hyper["reward_clip_range"]:
+            given = given.clip(*hyper["reward_clip_range"])
+        given -= hyper["beta"] * (kl.k1(inputs["old_per_token_logps"], inputs["ref_per_token_logps"]) * mask).sum(1)
+        found = advantages.leave_one_out(given, np.arange(len(given)) // hyper["num_generations"])
+        return {"advantages": advantages.normalized(found) if hyper["normalize_advantages"] else found}
+    clip = {"epsilon_low": hyper["epsilon"], "epsilon_high": hyper["epsilon_high"]}
+
+    def loss(logps):
+        return policy.ppo((logps * mask).sum(1) - inputs["old_logps"], inputs["advantages"], **clip).mean()
+
+    value, grad = jax.value_and_grad(loss)(inputs["per_token_logps"])
+    return {"loss": value, "grad_per_token_logps": grad}
+
+
+@check
+def grpo(inputs, hyper):
+    """One family: losses of log-ratios per token or completion, three kinds of mean.
+
+    Those over the tokens of the step are given whole, the others as parts of an accumulated step.
+    """
+    mask = (inputs["completion_mask"] * (inputs["tool_mask"] if hyper["tool_mask"] else 1)).astype(np.float64)
+    lengths, per_completion = mask.sum(1, keepdims=True), hyper["importance_sampling_level"] == "sequence"
+    of_completions = lambda x: (x * mask).sum(1, keepdims=True) / np.maximum(lengths, 1)  # noqa: E731
+    given, kind = inputs["advantages"][:, None], hyper["loss_type"]
+    corrections = inputs[f"is_ratio_{hyper['is_ratio']}"] if hyper["is_ratio"] else np.ones((1, 1))
+    entropy_mask = policy.high_entropy_mask(inputs["entropies"], mask, share=hyper["top_entropy_quantile"])
+
+    def loss(logps, entropies):
+        old = inputs["old_per_token_logps"] if hyper["old_logps"] else jax.lax.stop_gradient(logps)
+        log_ratios = of_completions(logps - old) if per_completion else logps - old
+        if kind == "vespo":  # the correction is part of its weight
+            shift = np.log(corrections) if hyper["is_ratio"] else 0.0
+            losses = policy.vespo(((logps - old + shift) * mask).sum(1, keepdims=True), given, logps)
+        else:
+            losses = family(kind, log_ratios, given, logps, hyper) * corrections
+        if hyper["off_policy_mask_threshold"] is not None:
+            left = of_completions(logps - inputs["sampling_per_token_logps"])
+            losses *= policy.off_policy_mask(left, given, threshold=hyper["off_policy_mask_threshold"])
+        if hyper["top_entropy_quantile"] < 1:
+            losses *= entropy_mask
+        if hyper["beta"]:
+            correction = policy.ratios(log_ratios) if hyper["use_bias_correction_kl"] else 1.0
+            losses += hyper["beta"] * kl.k3(logps, inputs["ref_per_token_logps"]) * correction
+        bonus = hyper["entropy_coef"] * policy.token_mean(entropies, mask).value
+        accumulated = 1 if kind in ("dapo", "cispo", "vespo") else hyper["ga"]
+        return family_mean(kind, losses, mask, lengths, hyper) / accumulated - bonus
+
+    value, grads = jax.value_and_grad(loss, (0, 1))(inputs["per_token_logps"], inputs["entropies"])
+    return {"loss": value, "grad_per_token_logps": grads[0], "grad_entropies": grads[1]}
+
+
+def family(kind: str, log_ratios, given, logps, hyper):
+    """Losses of one of GRPO's relatives."""
+    if kind == "cispo":
+        return policy.cispo(log_ratios, given, logps, ratio_high=hyper["epsilon_high"])
+    if kind == "sapo":
+        temperatures = [hyper[f"sapo_temperature_{sign}"] for sign in ("pos", "neg")]
+        return policy.sapo(
+            log_ratios, given, temperature_positive=temperatures[0], temperature_negative=temperatures[1]
+        )
+    clip = {"epsilon_low": hyper["epsilon"], "epsilon_high": hyper["epsilon_high"], "dual_clip": hyper["delta"]}
+    return policy.ppo(log_ratios, given, **clip)
+
+
+def family_mean(kind: str, losses, mask, lengths, hyper):
+    """The mean that goes with a loss."""
+    if kind in ("grpo", "sapo"):
+        return policy.completion_mean(losses, mask, lengths, len(mask)).value
+    if kind == "dr_grpo":
+        return policy.constant_mean(losses, mask, len(mask), length=hyper["max_completion_length"]).value
+    if kind == "luspo":
+        return policy.constant_mean(losses, mask, len(mask), length=1).value
+    return policy.token_mean(losses, mask).value
+
+
+@check
 def distill_(inputs, hyper):
     mask = (inputs["labels"] != -100).astype(np.float64)
     teacher = distill.logps(jnp.asarray(inputs["teacher_logits"]), temperature=hyper["temperature"])
