@@ -10,6 +10,9 @@ import pytest
 
 DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Threads for programs, by default as many as devices: collectives of one program that wait for each other, each in a
+# thread of its own, then leave none for the device that they wait for, and jax aborts.
+os.environ["PJRT_NPROC"] = str(4 * DEVICES)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
 
 # Rooms of pure array code. Elsewhere optax (Adam's `decay**count`) and Flax promote by themselves.

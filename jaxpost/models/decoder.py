@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxpost.models.cache import Cache, extend, key_positions
 from jaxpost.models.config import Layer, ModelConfig, stack_row
 from jaxpost.models.lora import PREFIX, Lora, column_norms, delta
 from jaxpost.models.quantize import weight_of
-from jaxpost.ops.attention import Places, attention
+from jaxpost.ops.attention import Places, attention, cached_attention
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
 from jaxpost.sharding.rules import constrain, partition_spec
-from jaxpost.types import Array, record
+from jaxpost.types import Array
 
 REMAT = {  # what the backward pass may keep instead of computing it again; None: everything
     "none": None,
@@ -25,16 +26,6 @@ REMAT = {  # what the backward pass may keep instead of computing it again; None
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-@record
-class Cache:
-    """Keys and values of the tokens so far; token n of a row lies in slot n, padding included."""
-
-    k: Array  # [L, B, S, K, h]
-    v: Array  # [L, B, S, K, h]
-    positions: Array  # int32[B, S], -1 where empty or padding
-    length: Array  # int32[], slots in use
 
 
 class Linear(nn.Module):
@@ -122,7 +113,7 @@ class Attention(nn.Module):
     lora: Lora | None
 
     @nn.compact
-    def __call__(self, x, tables, queries, keys, first_query, store):
+    def __call__(self, x, tables, mix):
         c = self.config
         D, H, K, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         linear = functools.partial(_linear, self)
@@ -135,18 +126,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, tables), apply_rope(k, tables)
         q = constrain(q, ("batch", "length", "heads", "head_dim"))
         k, v = (constrain(z, ("batch", "length", "kv_heads", "head_dim")) for z in (k, v))
-        k, v, stored = store(k, v)
-        out = attention(
-            q,
-            k,
-            v,
-            queries,
-            keys,
-            scale=c.attention_scale,
-            first_query=first_query,
-            window=self.kind.window,
-            soft_cap=c.attention_soft_cap,
-        )
+        out, stored = mix(q, k, v)
         return linear("o", (H, h, D), ("heads", "head_dim", "embed"), inputs=2)(out), stored
 
 
@@ -218,8 +198,8 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """One layer, x [B, T, D] -> (x, stored, router logits f32[B, T, E] or None).
 
-    tables: cos and sin of the layer's RoPE. queries, keys, first_query: as ops.attention has them.
-    store: k, v of the T tokens -> k, v to attend to, stored (the KV cache; None in training).
+    tables: cos and sin of the layer's RoPE.
+    mix: q [B, T, H, h], k, v [B, T, K, h] -> (attention's output like q, the layer's KV cache or None).
     """
 
     config: ModelConfig
@@ -228,11 +208,11 @@ class Block(nn.Module):
     lora: Lora | None
 
     @nn.compact
-    def __call__(self, x, tables, queries, keys, first_query, store):
+    def __call__(self, x, tables, mix):
         c, router = self.config, None
         norm = functools.partial(RMSNorm, c.norm_eps, c.unit_offset, self.dtype)
         attend = Attention(c, self.kind, self.dtype, self.lora, name="attn")
-        out, stored = attend(norm(name="attn_norm")(x), tables, queries, keys, first_query, store)
+        out, stored = attend(norm(name="attn_norm")(x), tables, mix)
         if c.post_norms:
             out = norm(name="attn_post_norm")(out)
         x = constrain(x + out, ("batch", "length", "hidden"))
@@ -264,7 +244,8 @@ class Decoder(nn.Module):
     def __call__(self, tokens: Array, places: Places, cache: Cache | None = None, key: Array | None = None):
         """(hidden [B, T, D], cache or None, router logits f32[L, B, T, E] of the MoE layers or None).
 
-        With a cache, the tokens continue it and the longer cache is returned. key: of the adapters' dropout, if any.
+        With a cache, the tokens continue its rows at places.positions, and the cache with them is returned. key: of the
+        adapters' dropout, if any.
         """
         c = self.config
         table = self._table("embed", "vocab", c.vocab_size)
@@ -276,34 +257,47 @@ class Decoder(nn.Module):
         if c.scaled_embedding:
             x = x * jnp.asarray(math.sqrt(c.embed_dim), self.dtype)
         x = constrain(x, ("batch", "length", "hidden"))
-        keys, first_query, kv = places, 0, None
+        kvs = None
         if cache is not None:
-            first_query, kv = cache.length, (cache.k, cache.v)
-            positions = jax.lax.dynamic_update_slice(cache.positions, places.positions, (0, cache.length))
-            keys = Places((positions >= 0).astype(jnp.int32), None, positions)
-            cache = Cache(cache.k, cache.v, positions, cache.length + tokens.shape[1])
-        ropes = {kind.rope for kind in c.pattern}
-        tables = {rope: rope_tables(rope, c.head_dim, places.positions) for rope in ropes}
-        run = functools.partial(
-            self._layers, tables=tables, queries=places, keys=keys, first_query=first_query, dropout=key
-        )
-        x, kv, router = run("layers", c.pattern, 0, c.num_layers - c.tail_layers, x, kv)
+            kvs, lengths = cache.layers, jnp.maximum(cache.lengths, places.positions.max(axis=1) + 1)
+            mix = functools.partial(self._mix_cached, places.positions, lengths)
+        else:
+            mix = functools.partial(self._mix, places)
+        tables = {rope: rope_tables(rope, c.head_dim, places.positions) for rope in {kind.rope for kind in c.pattern}}
+        run = functools.partial(self._layers, tables=tables, mix=mix, dropout=key)
+        whole = c.num_layers - c.tail_layers
+        x, stored, router = run("layers", c.pattern, 0, whole, x, kvs)
         if c.tail_layers:
-            x, kv, last = run("tail", c.pattern[: c.tail_layers], c.num_layers - c.tail_layers, c.tail_layers, x, kv)
-            router = [*router, *last]
+            rest = kvs and kvs[len(stored) :]
+            x, more, last = run("tail", c.pattern[: c.tail_layers], whole, c.tail_layers, x, rest)
+            stored, router = stored + more, [*router, *last]
         x = RMSNorm(c.norm_eps, c.unit_offset, self.dtype, name="final_norm")(x)
         if cache is not None:
-            cache = Cache(*kv, cache.positions, cache.length)
+            cache = Cache(stored, lengths)
         return x, cache, jnp.concatenate(router) if router else None
+
+    def _mix(self, places, kind, kv, layer, q, k, v):
+        """Attention among the tokens of the rows themselves."""
+        c = self.config
+        limits = {"scale": c.attention_scale, "window": kind.window, "soft_cap": c.attention_soft_cap}
+        return attention(q, k, v, places, places, **limits), None
+
+    def _mix_cached(self, positions, lengths, kind, kv, layer, q, k, v):
+        """Attention to what the cache holds and the new tokens, which it then holds too."""
+        c = self.config
+        k, v, kv = extend(kv, layer, k, v, positions, self.dtype)
+        limits = {"scale": c.attention_scale, "window": kind.window, "soft_cap": c.attention_soft_cap}
+        return cached_attention(q, k, v, positions, key_positions(lengths, k.shape[2]), **limits), kv
 
     def _table(self, name, axis, size):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
         return _Table(init, (size, self.config.embed_dim), name=name)()
 
-    def _layers(self, name, kinds, first, count, x, kv, *, tables, queries, keys, first_query, dropout):
-        """`count` stacked layers from layer `first` on, one loop step per period of `kinds`.
+    def _layers(self, name, kinds, first, count, x, kvs, *, tables, mix, dropout):
+        """`count` layers from layer `first` on: stacked ones in a loop, a step per period of `kinds`; else in a row.
 
-        Returns x, kv, and the router logits of its MoE layers in order: a list of one [n, B, T, E], or empty.
+        kvs: of a cache, those of these layers first. Returns x, their new ones (a tuple), and the router logits of the
+        MoE layers in order: a list of [n, B, T, E].
         """
         P = len(kinds)
         blocks = [Block(self.config, kind, self.dtype, self.lora, parent=None) for kind in kinds]
@@ -314,8 +308,7 @@ class Decoder(nn.Module):
                 like = sum(kind.experts == kinds[i].experts for kind in kinds) * (count // P)
 
                 def one(key):
-                    args = (x, tables[kinds[i].rope], queries, queries, 0, lambda k, v: (k, v, None))
-                    return blocks[i].init(key, *args)
+                    return blocks[i].init(key, x, tables[kinds[i].rope], lambda q, k, v: (q, None))
 
                 return jax.vmap(one)(jax.random.split(key, like))["params"]
 
@@ -325,32 +318,36 @@ class Decoder(nn.Module):
 
         if self.is_initializing():
             self.param(name, init)
-            return x, kv, []
-        stacked = self.variables["params"][name]  # a quantised base has other leaves than `init` makes
+            return x, (), []
+        params = self.variables["params"][name]  # a quantised base has other leaves than `init` makes
 
-        def apply(block, rope, x, params, kv, layer):
-            store = functools.partial(_store, kv, layer, first_query)
+        def apply(i, x, own, kv, row, layer):
             rngs = None if dropout is None else {"dropout": jax.random.fold_in(dropout, layer)}
-            return block.apply({"params": params}, x, tables[rope], queries, keys, first_query, store, rngs=rngs)
+            mixed = functools.partial(mix, kinds[i], kv, row)
+            return blocks[i].apply({"params": own}, x, tables[kinds[i].rope], mixed, rngs=rngs)
+
+        if isinstance(params, tuple):
+            return _in_a_row(apply, params, first, P, x, kvs)
 
         def period(carry, xs):
-            x, kv = carry
-            params, index = xs
-            rows = {path: jnp.split(leaf, len(leaf)) for path, leaf in flatten_dict(params).items()}
-            routers = []
-            for i, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+            x, kvs = carry
+            stacked, index = xs
+            rows = {path: jnp.split(leaf, len(leaf)) for path, leaf in flatten_dict(stacked).items()}
+            routers, stored = [], []
+            for i in range(P):
                 # A split once, so that its gradient is one concatenation.
                 own = {path: (split, stack_row(kinds, i, path[0])) for path, split in rows.items()}
                 own = unflatten_dict({path: split[row][0] for path, (split, row) in own.items() if row is not None})
-                step = self._remat(functools.partial(apply, block, kind.rope))
-                x, kv, router = step(x, own, kv, first + index * P + i)
+                step = self._remat(functools.partial(apply, i))
+                x, kv, router = step(x, own, kvs and kvs[i], index, first + index * P + i)
+                stored.append(kv)
                 routers += [] if router is None else [router]
-            return (x, kv), jnp.stack(routers) if routers else None
+            return (x, kvs and tuple(stored)), jnp.stack(routers) if routers else None
 
-        periods = jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), stacked)
+        periods = jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
         indices = jnp.arange(count // P, dtype=jnp.int32)
-        (x, kv), routers = jax.lax.scan(period, (x, kv), (periods, indices), unroll=self.unroll or 1)
-        return x, kv, [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
+        (x, kvs), routers = jax.lax.scan(period, (x, kvs and kvs[:P]), (periods, indices), unroll=self.unroll or 1)
+        return x, kvs or (), [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
 
     def _remat(self, function):
         if REMAT[self.remat] is None:
@@ -368,13 +365,29 @@ class _Table(nn.Module):
         return self.param("weight", self.init_fn, self.shape, jnp.float32)
 
 
-def _store(kv, layer, slot, k, v):
-    """Writes k and v [B, T, K, h] into the cache's layer from `slot` on; returns all keys and values to attend to."""
-    if kv is None:
-        return k, v, None
-    at = (layer, 0, slot, 0, 0)
-    kv = tuple(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(kv, (k, v), strict=True))
-    return *(jax.lax.dynamic_index_in_dim(z, layer, keepdims=False) for z in kv), kv
+def unstacked(params: Any, config: ModelConfig) -> Any:
+    """The parameters with a tuple of single layers for each stack: slices of a stack inside a loop are copies."""
+    found, first = dict(params), 0
+    for name in ("layers", "tail"):
+        if name in params:
+            flat = flatten_dict(params[name])
+            count = config.tail_layers if name == "tail" else config.num_layers - config.tail_layers
+            kinds, layers = config.layers[first : first + count], []
+            for i in range(count):
+                rows = {path: stack_row(kinds, i, path[0]) for path in flat}
+                layers.append(unflatten_dict({path: flat[path][row] for path, row in rows.items() if row is not None}))
+            found[name], first = tuple(layers), first + count
+    return found
+
+
+def _in_a_row(apply, layers, first, period, x, kvs):
+    """`Decoder._layers` of parameters and caches that are not stacked."""
+    routers, stored = [], []
+    for n, own in enumerate(layers):
+        x, kv, router = apply(n % period, x, own, kvs and kvs[n], None, first + n)
+        stored.append(kv)
+        routers += [] if router is None else [router[None]]
+    return x, tuple(stored) if kvs else (), routers
 
 
 def _linear(module, name, shape, axes, inputs=1):

@@ -6,10 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.errors import ConfigError
+from jaxpost.models.cache import Cache, new_cache
 from jaxpost.models.config import ModelConfig
-from jaxpost.models.decoder import REMAT, Cache, Decoder
+from jaxpost.models.decoder import REMAT, Decoder, unstacked
 from jaxpost.models.lora import Lora, joined
 from jaxpost.ops.attention import Places
 from jaxpost.ops.logprobs import Head, TokenStats, row_logps
@@ -33,9 +35,12 @@ class Policy:
         if self.remat not in REMAT:
             raise ConfigError(f"remat.policy: {self.remat!r} is unknown; known: {', '.join(REMAT)}")
 
+    @property
+    def unrolled(self) -> bool:
+        return jax.default_backend() == "cpu" if self.unroll is None else self.unroll
+
     def _decoder(self) -> Decoder:
-        unroll = jax.default_backend() == "cpu" if self.unroll is None else self.unroll
-        return Decoder(self.config, self.compute_dtype, self.remat, self.lora, unroll)
+        return Decoder(self.config, self.compute_dtype, self.remat, self.lora, self.unrolled)
 
     def _init(self, key):
         # Parameters do not depend on the number of rows, but the layout of rows does: one that every mesh divides.
@@ -88,23 +93,34 @@ class Policy:
         weight = params["score"]["weight"].astype(hidden.dtype)
         return jnp.einsum("btd,rd->btr", hidden, weight, preferred_element_type=jnp.float32)
 
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` slots for `batch` rows."""
-        c = self.config
-        kv = jnp.zeros((c.num_layers, batch, length, c.num_kv_heads, c.head_dim), self.compute_dtype)
-        return Cache(kv, kv, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+    def prepared(self, params: Any) -> Any:
+        """The parameters as `decode` reads them fastest: weights in the compute type, layers apart where unrolled.
+
+        To be jit-compiled, once for many steps; it computes with them just what it computes with `params`.
+        """
+        cast = lambda path, leaf: leaf.astype(self.compute_dtype) if path[-1] in ("weight", "bias") else leaf  # noqa: E731
+        params = unflatten_dict({path: cast(path, leaf) for path, leaf in flatten_dict(params).items()})
+        return unstacked(params, self.config) if self.unrolled else params
+
+    def new_cache(self, batch: int, length: int, *, chunk: int = 1, quantized: bool = False) -> Cache:
+        """An empty cache of `length` tokens for each of `batch` rows, for `prepared` parameters.
+
+        chunk: most tokens that one call of `decode` adds to a row. quantized: int8 keys and values.
+        """
+        sizes = {"chunk": chunk, "dtype": self.compute_dtype, "quantized": quantized, "stacked": not self.unrolled}
+        return new_cache(self.config, batch, length, **sizes)
 
     def decode(self, params: Any, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Continues every row of the cache by T tokens: a prompt (prefill) or one token (a step).
+        """Continues every row of the cache by up to T tokens: a piece of a prompt (prefill) or one token (a step).
 
         Args:
+          params: as `prepared` returns them.
           tokens: int32[B, T].
-          positions: int32[B, T], -1 on padding (left, right or between): never seen by any query.
-          cache: with T free slots; past its end the oldest result would be overwritten, so callers size it.
+          positions: int32[B, T]: those after what the row's cache holds, in order; then -1, where there is no token.
+          cache: of rows long enough for them.
 
         Returns:
-          hidden [B, T, D] (meaningless on padding) and the cache, T slots longer.
+          hidden [B, T, D] (meaningless where there is no token) and the cache with the tokens.
         """
-        places = Places((positions >= 0).astype(jnp.int32), None, positions)
-        hidden, cache, _ = self._decoder().apply({"params": params}, tokens, places, cache)
+        hidden, cache, _ = self._decoder().apply({"params": params}, tokens, Places(positions, None, positions), cache)
         return hidden, cache

@@ -1,4 +1,4 @@
-"""Attention over packed, branching rows: one function for training and for decoding against a cache."""
+"""Attention over packed, branching rows, and of new tokens to a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ class Places:
     positions: Array
 
 
-def visible(queries: Places, keys: Places, first_query: Array | int = 0, window: int | None = None) -> Array:
+def visible(queries: Places, keys: Places, first_query: int = 0, window: int | None = None) -> Array:
     """bool[B, T, S]: which keys a query sees (the rule of types.Rows; `window` is a distance in positions).
 
-    first_query: row index of the first query when the keys' row begins before it (decoding, chunks).
+    first_query: row index of the first query when the keys' row begins before it (chunks).
     """
     query_at = jnp.arange(queries.segments.shape[1], dtype=jnp.int32)[:, None] + first_query
     key_at = jnp.arange(keys.segments.shape[1], dtype=jnp.int32)[None, :]
@@ -42,7 +42,6 @@ def attention(
     keys: Places,
     *,
     scale: float,
-    first_query: Array | int = 0,
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Array:
@@ -53,7 +52,6 @@ def attention(
       k, v: [B, S, K, h].
       queries, keys: places of the T queries and the S keys.
       scale: factor on the scores before `soft_cap` (cap * tanh(score / cap), Gemma 2).
-      first_query: row index among the keys of the first query; a static 0 (training) lets chunks stop at their end.
       window: a query sees keys less than this many positions back.
     """
     B, T, H, h = q.shape
@@ -62,17 +60,45 @@ def attention(
         raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit [B, T, H, h], [B, S, K, h]")
     q = q.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    training = isinstance(first_query, int)
     chunk = CHUNK * -(-T // (CHUNK * MOST_CHUNKS))
     out = []
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
-        last = min(first_query + end, S) if training else S  # no query of this chunk sees a later key
+        last = min(end, S)  # no query of this chunk sees a later key
         places = jax.tree.map(lambda x: x[:, start:end], queries)  # noqa: B023
         seen = jax.tree.map(lambda x: x[:, :last], keys)  # noqa: B023
-        mask = visible(places, seen, first_query + start, window)
+        mask = visible(places, seen, start, window)
         out.append(_attend(q[:, :, :, start:end], k[..., :last], v[:, :, :last], mask, scale, soft_cap))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+def cached_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    key_positions: Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Array:
+    """`attention` [B, T, H, h] of T new tokens to a cache that holds them too.
+
+    Args:
+      q: [B, T, H, h].
+      k, v: [B, K, S, h], as a cache keeps them.
+      positions, key_positions: int32[B, T] and [B, S]; a key is seen from its position on, one below 0 never.
+    """
+    B, T, H, h = q.shape
+    K = k.shape[1]
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    mask = (distance >= 0) & (key_positions >= 0)[:, None]
+    if window is not None:
+        mask &= distance < window
+    q = q.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    out = _attend(q, k.swapaxes(2, 3), v, mask, scale, soft_cap)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
 def _attend(q, k, v, mask, scale, soft_cap):

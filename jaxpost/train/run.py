@@ -16,7 +16,8 @@ from jaxpost.data.formats import Example
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
-from jaxpost.sampling.greedy import greedy
+from jaxpost.sampling.engine import Sampling, sample, visible_text
+from jaxpost.sampling.local import LocalEngine
 from jaxpost.sharding import make_mesh
 from jaxpost.train.adapters import adapter_folder, as_loaded
 from jaxpost.train.checkpoint import Checkpointer
@@ -24,6 +25,8 @@ from jaxpost.train.folder import is_run, read_config
 from jaxpost.train.scores import Scores, score_documents, token_documents
 from jaxpost.train.setup import Model, open_model, scored_model
 from jaxpost.types import Conversation, Origin
+
+SLOTS = 32  # most prompts that are answered at once
 
 
 @dataclasses.dataclass
@@ -49,15 +52,21 @@ class LoadedModel:
         """Greedy continuations of token ids, as text. A prompt that leaves no room loses its beginning."""
         if not prompts:
             return []
+        room = self.model.policy.config.max_positions - max_new_tokens
+        settings = Sampling(max_new_tokens, temperature=0, stop_ids=self.model.tokenizer.stop_ids)
+        engine = self.engine(slots=min(SLOTS, len(prompts)))
+        found = sample(
+            engine, self.params, [prompt[-room:] for prompt in prompts], jax.random.key(0), settings=settings
+        )
+        return [visible_text(completion, self.model.tokenizer).strip() for (completion,) in found]
+
+    def engine(self, **shape) -> LocalEngine:
+        """What samples from the model, with `self.params`. shape: fields of LocalEngine. Raises ConfigError."""
         if getattr(self.model.policy.config, "num_scores", 0):
             raise ConfigError("the model has scores for a head, not words: it scores completions and gives none")
         if isinstance(self.model.policy, Adapter):
             raise ConfigError("model.adapter: somebody else's model only trains; sample from it by its own means")
-        room = self.model.policy.config.max_positions - max_new_tokens
-        prompts = [prompt[-room:] for prompt in prompts]
-        with jax.set_mesh(self.mesh):
-            found = greedy(self.model.policy, self.params, prompts, max_new_tokens, self.model.tokenizer.stop_ids)
-        return [self.model.tokenizer.decode(completion.tokens.tolist()).strip() for completion in found]
+        return LocalEngine(self.model.policy, self.mesh, decode=self.model.tokenizer.decode, **shape)
 
     def score(self, prompt: str | list[dict], completions: Sequence[str]) -> Scores:
         """Scores of answers to a user's words, or to a list of messages that ends with theirs, by a reward model.

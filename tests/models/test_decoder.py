@@ -148,31 +148,27 @@ def test_shared_prompt_equals_copied_prompt():
     close(ours_grad, copies_grad)
 
 
-@pytest.mark.parametrize(("side", "steps"), [("left", [2, 2, 1]), ("right", [1, 1, 1, 1, 1])])
-def test_decoding_against_a_cache_equals_the_whole_row(side, steps):
-    """A padded prompt, then its continuation in steps of so many tokens; slots to spare at the end."""
-    policy = Policy(CONFIGS["patterned"], unroll=side == "left")
-    params, documents = random_params(policy), random_documents(13, 10, seed=3)
-    new = sum(steps)
-    tokens, positions = np.zeros((2, 8), np.int32), np.full((2, 8), -1, np.int32)
-    for row, document in enumerate(documents):
-        n = len(document) - new
-        at = slice(8 - n, 8) if side == "left" else slice(0, n)
-        tokens[row, at], positions[row, at] = document[:n], np.arange(n)
-    decode = jax.jit(policy.decode)
-    hidden, cache = decode(params, tokens, positions, policy.new_cache(2, 16))
-    parts = [hidden]
+@pytest.mark.parametrize(("unroll", "steps"), [(False, [3, 3, 2, 1]), (True, [1] * 6)])
+def test_decoding_against_a_cache_equals_the_whole_row(unroll, steps):
+    """Two prompts of unequal length in pieces of so many tokens, the shorter one's last pieces not full."""
+    policy = Policy(CONFIGS["patterned"], unroll=unroll)
+    params, documents = random_params(policy), random_documents(sum(steps), sum(steps) - 2, seed=3)
+    decode, prepared = jax.jit(policy.decode), jax.jit(policy.prepared)(params)
+    cache, parts = policy.new_cache(2, 16, chunk=max(steps)), []
     for start, stop in itertools.pairwise(np.cumsum([0, *steps])):
-        piece = np.stack([d[len(d) - new + start : len(d) - new + stop] for d in documents])
-        at = np.stack([np.arange(len(d) - new + start, len(d) - new + stop) for d in documents]).astype(np.int32)
-        hidden, cache = decode(params, piece, at, cache)
+        piece, at = np.zeros((2, stop - start), np.int32), np.full((2, stop - start), -1, np.int32)
+        for row, document in enumerate(documents):
+            n = len(document[start:stop])
+            piece[row, :n], at[row, :n] = document[start:stop], np.arange(start, start + n)
+        hidden, cache = decode(prepared, piece, at, cache)
         parts.append(hidden)
-        positions = np.concatenate([positions, at], axis=1)
     found = np.concatenate(parts, axis=1)
     hidden, _ = jax.jit(policy.hidden)(params, stack_rows(*(linear_rows([d], 16) for d in documents)))
     for row, document in enumerate(documents):
-        close(found[row][positions[row] >= 0], hidden[row, : len(document)])
-    assert int(cache.length) == 13
+        close(found[row, : len(document)], hidden[row, : len(document)])
+    assert cache.lengths.tolist() == [len(document) for document in documents]
+    windows = [kv.k.shape[-2] for kv in cache.layers]
+    assert min(windows) == 3 + max(steps) - 1 and max(windows) == 16  # a window keeps no more than it needs
 
 
 def test_bf16_compute_keeps_f32_parameters_and_gradients():

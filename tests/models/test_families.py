@@ -14,9 +14,9 @@ from jaxpost.models.hf import export, load_params, read_config
 from jaxpost.models.policy import Policy
 from jaxpost.ops.experts import balance_loss
 from jaxpost.ops.logprobs import logits, row_logps
-from jaxpost.sampling.greedy import greedy
 from jaxpost.types import Rows
 from tests.models.golden.weights import tensors_of
+from tests.models.tiny import greedy
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -86,7 +86,7 @@ def test_equals_transformers(name, tmp_path):
 def test_decoding_continues_like_transformers(name, tmp_path):
     policy, params, golden = open_golden(name, tmp_path / name)
     prompt = golden["ids"][0][golden["mask"][0] == 1]
-    [completion] = greedy(policy, params, [prompt], len(golden["greedy"]), [])
+    [completion] = greedy(policy, params, [prompt], len(golden["greedy"]))
     np.testing.assert_array_equal(completion.tokens, golden["greedy"])
 
 

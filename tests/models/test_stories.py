@@ -7,8 +7,7 @@ import pytest
 from jaxpost.models.hf import load_params, read_config
 from jaxpost.models.policy import Policy
 from jaxpost.ops.logprobs import row_logps
-from jaxpost.sampling.greedy import greedy
-from tests.models.tiny import linear_rows
+from tests.models.tiny import greedy, linear_rows
 from tests.parity.checkpoints import check
 from tests.shared import SHARED, needs_shared
 

@@ -6,6 +6,8 @@ import numpy as np
 from jaxpost.models.config import Experts, Layer, ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.ops.rope import Rope
+from jaxpost.sampling.engine import Sampling, sample
+from jaxpost.sampling.local import LocalEngine
 from jaxpost.types import Rows
 
 LLAMA3 = Rope(10_000.0, "llama3", 4.0, 1.0, 4.0, 16)
@@ -75,3 +77,10 @@ def random_params(policy: Policy, seed: int = 0):
         return jax.numpy.asarray(offset + 0.25 * rng.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, policy.abstract())
+
+
+def greedy(policy: Policy, params, prompts, max_new_tokens: int, stop_ids=()):
+    """One greedy Completion a prompt."""
+    settings = Sampling(max_new_tokens=max_new_tokens, temperature=0, stop_ids=tuple(stop_ids))
+    engine = LocalEngine(policy, slots=max(1, len(prompts)))
+    return [found for (found,) in sample(engine, params, prompts, jax.random.key(0), settings=settings)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpost.ops.attention as room
-from jaxpost.ops.attention import Places, attention
+from jaxpost.ops.attention import Places, attention, cached_attention
 
 B, T, H, K, h = 2, 11, 4, 2, 8
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0]], np.int32)
@@ -67,13 +67,20 @@ def test_gradients_do_not_depend_on_the_chunks(monkeypatch):
         np.testing.assert_allclose(one, many, atol=1e-5)
 
 
-def test_decoding_continues_a_row():
-    """Queries 6.. against keys of which the last slots are still empty, the first query given as an array."""
-    q, k, v = inputs()
-    whole = attention(q, k, v, PLACES, PLACES, scale=0.3)
-    queries = jax.tree.map(lambda x: x[:, 6:9], PLACES)
-    found = attention(q[:, 6:9], k, v, queries, PLACES, scale=0.3, first_query=jnp.int32(6))
-    np.testing.assert_allclose(found, whole[:, 6:9], atol=1e-6)
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_to_a_cache_in_any_order_equals_a_whole_row(window):
+    """A row of one document; its keys stand in the cache as a ring would hold them, one slot is empty."""
+    q, k, v = (x[:1] for x in inputs())
+    T = q.shape[1]
+    at = np.arange(T, dtype=np.int32)[None]
+    places = Places(np.ones_like(at), None, at)
+    options = {"scale": 0.3, "window": window, "soft_cap": 5.0}
+    whole = attention(q, k, v, places, places, **options)
+    order = np.roll(np.arange(T), 3)
+    kept = [np.concatenate([z[:, order], np.full_like(z[:, :1], 9.0)], 1).swapaxes(1, 2) for z in (k, v)]
+    positions = np.concatenate([order, [-2]])[None].astype(np.int32)
+    found = cached_attention(q[:, T - 3 :], *kept, at[:, T - 3 :], positions, **options)
+    np.testing.assert_allclose(found, whole[:, T - 3 :], atol=1e-6)
 
 
 def test_no_branches_is_all_shared():

@@ -19,8 +19,8 @@ from jaxpost.models.hf import load_params, read_config
 from jaxpost.models.policy import Policy
 from jaxpost.ops.experts import balance_loss
 from jaxpost.ops.logprobs import logits, row_logps
-from jaxpost.sampling.greedy import greedy
 from jaxpost.types import Rows
+from tests.models.tiny import greedy
 
 TOLERANCE = 1e-4  # absolute on logits and the like; relative on the gradients
 CHECKED = {  # values of a golden.npz that are compared (or are inputs)
@@ -127,7 +127,7 @@ def greedy_errors(policy: Policy, params, golden) -> int:
     width = ids.shape[1]
     prompts = [row[real == 1].astype(np.int32) for row, real in zip(ids, mask, strict=True)]
     expected = golden["greedy_left"][:, width:]
-    found = greedy(policy, params, prompts, expected.shape[1], [])
+    found = greedy(policy, params, prompts, expected.shape[1])
     return int(sum((completion.tokens != row).sum() for completion, row in zip(found, expected, strict=True)))
 
 
