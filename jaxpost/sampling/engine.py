@@ -126,8 +126,8 @@ def until_stop(tokens: list[int], decode, stop: Sequence[str]) -> int | None:
 def visible_text(completion: Completion, tokenizer, stop: Sequence[str] = ()) -> str:
     """What a reader sees of a completion: without the stop token, and cut before a stop string."""
     tokens = [int(token) for token in completion.tokens]
-    if completion.finish_reason == "stop" and tokens and tokens[-1] in tokenizer.stop_ids:
-        tokens = tokens[:-1]
     text = tokenizer.decode(tokens)
     places = [text.find(string) for string in stop if string in text]
-    return text[: min(places)] if places else text
+    if places:
+        return text[: min(places)]
+    return tokenizer.decode(tokens[:-1]) if completion.finish_reason == "stop" else text  # what ended it was a token
