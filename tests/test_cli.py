@@ -133,21 +133,43 @@ def test_check_shows_examples_and_the_report(given, tmp_path, capsys):
 
 def test_chat_answers_each_line_of_standard_input(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nName a colour.\nAnd another?\n"))
-    seen = []
-    monkeypatch.setattr(LoadedModel, "chat", lambda self, messages, most: seen.append(messages[:]) or "yes")
-    assert cli.main(["chat", f"--checkpoint={finished}", "--max-new-tokens=3"]) == 0
+    seen, given = [], []
+
+    def chat(self, messages, **how):
+        seen.append(messages[:])
+        given.append(how)
+        return "yes"
+
+    monkeypatch.setattr(LoadedModel, "chat", chat)
+    flags = ["--max-new-tokens=3", "--temperature=0.5", "--top-p=0.9", "--stop=END", "--seed=4"]
+    assert cli.main(["chat", f"--checkpoint={finished}", *flags]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == ["yes", "yes", "yes"]
     assert [[message["content"] for message in messages] for messages in seen] == [
         ["Hello"],
         ["Name a colour."],  # an empty line began a new conversation
         ["Name a colour.", "yes", "And another?"],
     ]
+    assert [how["seed"] for how in given] == [4, 5, 6]  # other draws each turn
+    wanted = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "stop": ("END",), "top_k": None}
+    assert {name: given[0][name] for name in wanted} == wanted
 
 
 def test_chat_talks_to_real_weights(given, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert cli.main(["chat", f"--checkpoint={given[0]}", "--max-new-tokens=4"]) == 0
     assert len(capsys.readouterr().out.strip().split()) <= 8
+
+
+def test_chat_draws_by_temperature_and_seed(given, capsys, monkeypatch):
+    def answers(*flags):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nHello\n"))
+        assert cli.main(["chat", f"--checkpoint={given[0]}", "--max-new-tokens=8", *flags]) == 0
+        return capsys.readouterr().out.strip()
+
+    first = answers("--temperature=1", "--seed=1")
+    assert first == answers("--temperature=1", "--seed=1") != answers("--temperature=1", "--seed=2")
+    chosen = answers("--temperature=1", "--choice=Yes", "--choice=No").split()
+    assert len(chosen) == 2 and set(chosen) <= {"Yes", "No"}
 
 
 def test_a_run_is_opened_without_its_weights(finished):

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 
 from rich.console import Console
 from rich.progress import track
@@ -38,9 +37,10 @@ def run(arguments: list[str]) -> None:
     output = generation.Output(flags.to, describe(flags, source, model, reward, settings))
     if output.done:
         print(f"{flags.to}: going on after {len(output.done):,} of {len(asked):,} prompts")
+    context = generation.context_of(model, asked, settings)
     made = generation.generate(
         model,
-        engine_of(flags, model),
+        sampling.server(flags) or model.engine(slots=flags.slots, quantized=flags.int8_cache, context=context),
         asked,
         output,
         settings=settings,
@@ -69,34 +69,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--reward", metavar="DIR", help="reward model that scores the completions: run or model folder")
     add("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
     add("--token-ids", action="store_true", help="write each completion's token_ids too")
+    add("--slots", type=int, default=32, metavar="N", help="completions that are drawn at once, without --url (32)")
+    add("--int8-cache", action="store_true", help="keys and values in int8: a quarter of the memory, without --url")
     sampling.add_flags(parser, temperature=1.0, max_new_tokens=256)
-    add("--url", required=True, metavar="URL", help="server that draws, as http://localhost:8000")
-    add("--served-model", metavar="NAME", help="the model's name there (the first that it lists)")
-    add("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
-    add("--concurrency", type=int, default=64, metavar="N", help="requests to the server at once (64)")
     flags = parser.parse_args(arguments)
-    for name in ("completions", "best_of", "concurrency"):
+    sampling.check(parser, flags)
+    for name in ("completions", "best_of", "slots"):
         if (value := getattr(flags, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: {value} is out of range; expected at least 1")
     if flags.best_of and not flags.reward:
         parser.error("--reward: missing; --best-of needs a reward model that says which is best")
     if flags.best_of and flags.best_of < flags.completions:
         parser.error(f"--best-of: {flags.best_of} are fewer than the --completions={flags.completions} to keep")
-    if flags.url and flags.adapter:
-        parser.error("--adapter: contradicts --url, whose server has weights of its own; leave it out")
-    if flags.api_key_env and not os.environ.get(flags.api_key_env):
-        parser.error(f"--api-key-env: there is no environment variable {flags.api_key_env}")
     return flags
-
-
-def engine_of(flags, model):
-    if not flags.url:
-        return model.engine()
-    from jaxpost.sampling.http import HttpEngine
-
-    key = os.environ[flags.api_key_env] if flags.api_key_env else None
-    names = {"model": flags.served_model, "api_key": key, "concurrency": flags.concurrency}
-    return HttpEngine(flags.url, **names, need_logps=False)
 
 
 def describe(flags, source, model, reward, settings) -> dict:
@@ -105,6 +90,7 @@ def describe(flags, source, model, reward, settings) -> dict:
         "checkpoint": None if flags.url else model.fingerprint(),
         "served_model": flags.served_model if flags.url else None,
         "engine": "http" if flags.url else "local",
+        "int8_cache": flags.int8_cache,
         "tokenizer": model.model.tokenizer.fingerprint,
         "template": model.model.template.fingerprint,
         "prompts": source.fingerprint,

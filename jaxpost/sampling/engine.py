@@ -33,7 +33,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     stop_ids: tuple[int, ...] = ()  # tokens that end a completion, and are part of it
     stop: tuple[str, ...] = ()  # strings whose appearance ends it; the token that completes one is its last
-    choices: tuple[tuple[int, ...], ...] | None = None  # a completion is one of these (token ids), and then a stop
+    choices: tuple[tuple[int, ...], ...] | None = None  # it is one of these (token ids); a stop ends what could go on
 
     def __post_init__(self):
         def check(name, right, wanted):
@@ -123,11 +123,11 @@ def until_stop(tokens: list[int], decode, stop: Sequence[str]) -> int | None:
     return low
 
 
-def visible_text(completion: Completion, tokenizer, stop: Sequence[str] = ()) -> str:
+def visible_text(completion: Completion, tokenizer, settings: Sampling) -> str:
     """What a reader sees of a completion: without the stop token, and cut before a stop string."""
     tokens = [int(token) for token in completion.tokens]
+    if tokens[-1:] and tokens[-1] in settings.stop_ids:
+        tokens.pop()
     text = tokenizer.decode(tokens)
-    places = [text.find(string) for string in stop if string in text]
-    if places:
-        return text[: min(places)]
-    return tokenizer.decode(tokens[:-1]) if completion.finish_reason == "stop" else text  # what ended it was a token
+    places = [text.find(string) for string in settings.stop if string in text]
+    return text[: min(places)] if places else text

@@ -6,6 +6,7 @@ completion alone, as far as the server keeps to seeds (vLLM does; SGLang with --
 server's prefix cache computes a prompt once all the same.
 """
 
+import dataclasses
 import itertools
 import logging
 import queue
@@ -93,8 +94,8 @@ class HttpEngine:
         settings.stop_ids are empty."""
         if any(abs(bias) > BIAS for _, bias in settings.logit_bias):
             raise ConfigError(f"sampling.logit_bias: servers take {-BIAS:.0f} to {BIAS:.0f}")
-        if settings.choices and not settings.stop_ids:
-            raise ConfigError("sampling.stop_ids: empty; a choice ends with one of them")
+        if settings.choices and not settings.stop_ids and _one_begins_another(settings.choices):
+            raise ConfigError("sampling.choices: one begins another, and there is no stop token that would end it")
         indices = range(len(prompts)) if indices is None else indices
         seeds = _seeds(key, indices, completions)
         found: list[dict] = [{} for _ in prompts]
@@ -173,9 +174,9 @@ class HttpEngine:
                 one = self._choose if settings.choices else self._complete
                 completion = await one(client, name, prompts[n].tolist(), int(seeds[n, g]), settings)
                 if not known:
-                    completion = Completion(
-                        completion.tokens, np.full_like(completion.logps, np.nan), completion.finish_reason
-                    )
+                    completion = dataclasses.replace(completion, logps=np.full_like(completion.logps, np.nan))
+                elif settings.temperature and not settings.filtered:
+                    completion = dataclasses.replace(completion, drawn_logps=completion.logps)
                 put((n, g, completion))
 
         async with self._anyio.create_task_group() as group:
@@ -230,7 +231,7 @@ class HttpEngine:
         return self._read(reply, name, prompt, settings)
 
     async def _choose(self, client, name: str, prompt: list[int], seed: int, settings: Sampling) -> Completion:
-        """One of settings.choices and a stop, token by token: bias leaves only what may come next.
+        """One of settings.choices, token by token: bias leaves only what may come next.
 
         Equal for all that may come, it does not change their proportions; that every server takes it cannot be said of
         grammars, which also know texts only, not tokens.
@@ -259,7 +260,8 @@ class HttpEngine:
                 raise EngineError(f"{self.url}: does not heed logit_bias: {name} was answered by none of the choices")
             tokens.append(token)
             logps.append(drawn.logps)
-            if token in settings.stop_ids:
+            longer = any(len(choice) > len(tokens) and choice[: len(tokens)] == tuple(tokens) for choice in fitting)
+            if token in settings.stop_ids or not longer:
                 return Completion(np.array(tokens, np.int32), np.concatenate(logps), "stop")
         return Completion(np.array(tokens, np.int32), np.concatenate(logps), "length")
 
@@ -377,6 +379,10 @@ def _body(prompt: list[int], seed: int, settings: Sampling) -> dict:
         "include_stop_str_in_output": True,  # vLLM
         "no_stop_trim": True,  # SGLang: the tokens of a stop stay
     }
+
+
+def _one_begins_another(choices: Sequence[tuple[int, ...]]) -> bool:
+    return any(one != other and other[: len(one)] == one for one in choices for other in choices)
 
 
 def _message(response) -> str:

@@ -17,6 +17,7 @@ from jaxpost.data.questions import question
 from jaxpost.data.sources import Source
 from jaxpost.errors import DataError
 from jaxpost.sampling.engine import Engine, Sampling, check_prompts, visible_text
+from jaxpost.sampling.local import roomy
 from jaxpost.train.folder import write_atomically
 from jaxpost.train.run import LoadedModel
 from jaxpost.types import Completion
@@ -47,6 +48,12 @@ def read_prompts(source: Source, model: LoadedModel, settings: Sampling) -> list
         check_prompts([tokens], settings, opened.policy.config.max_positions, [origin])
         found.append(Asked(example, tokens))
     return found
+
+
+def context_of(model: LoadedModel, asked: Sequence[Asked], settings: Sampling) -> int:
+    """Tokens of the longest prompt and completion, rounded up; of all, so that one program draws what a stop leaves."""
+    longest = max(len(one.tokens) for one in asked) + settings.max_new_tokens
+    return min(roomy(longest), model.model.policy.config.max_positions)
 
 
 class Output:
@@ -132,7 +139,7 @@ def generate(
     kwargs = {"settings": settings, "completions": completions, "indices": rest}
     for place, drawn in engine.stream(model.params, prompts, jax.random.key(seed), **kwargs):
         one = asked[rest[place]]
-        texts = [visible_text(completion, model.model.tokenizer, settings.stop) for completion in drawn]
+        texts = [visible_text(completion, model.model.tokenizer, settings) for completion in drawn]
         found = [_described(completion, text, token_ids) for completion, text in zip(drawn, texts, strict=True)]
         if score is not None:
             scores = [float(value) for value in score(one, drawn, texts)]

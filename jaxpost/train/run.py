@@ -37,28 +37,32 @@ class LoadedModel:
     params: Any
     mesh: Any
 
-    def chat(self, prompt: str | list[dict], max_new_tokens: int = 128) -> str:
-        """The greedy answer to a user's words, or to a list of messages that ends with theirs."""
+    def chat(self, prompt: str | list[dict], max_new_tokens: int = 128, **how) -> str:
+        """The answer to a user's words, or to a list of messages that ends with theirs. how: see `complete`."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.answer([messages], max_new_tokens)[0]
+        return self.answer([messages], max_new_tokens, **how)[0]
 
-    def answer(self, conversations: Sequence[list[dict]], max_new_tokens: int) -> list[str]:
-        """Greedy answers to conversations."""
+    def answer(self, conversations: Sequence[list[dict]], max_new_tokens: int, **how) -> list[str]:
+        """Answers to conversations. how: see `complete`."""
         encode = self.model.template.encode
         prompts = [encode(messages, self.model.tokenizer, add_generation_prompt=True) for messages in conversations]
-        return self.complete([np.asarray(prompt, np.int32) for prompt in prompts], max_new_tokens)
+        return self.complete([np.asarray(prompt, np.int32) for prompt in prompts], max_new_tokens, **how)
 
-    def complete(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[str]:
-        """Greedy continuations of token ids, as text. A prompt that leaves no room loses its beginning."""
+    def complete(
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, *, seed=0, engine=None, **settings
+    ) -> list[str]:
+        """Continuations of token ids, as text. A prompt that leaves no room loses its beginning.
+
+        settings: fields of Sampling; without any, the likeliest token each time.
+        engine: another Engine than that of this process.
+        """
         if not prompts:
             return []
-        room = self.model.policy.config.max_positions - max_new_tokens
-        settings = Sampling(max_new_tokens, temperature=0, stop_ids=self.model.tokenizer.stop_ids)
-        engine = self.engine(slots=min(SLOTS, len(prompts)))
-        found = sample(
-            engine, self.params, [prompt[-room:] for prompt in prompts], jax.random.key(0), settings=settings
-        )
-        return [visible_text(completion, self.model.tokenizer).strip() for (completion,) in found]
+        room = max(0, self.model.policy.config.max_positions - max_new_tokens)
+        how = Sampling(max_new_tokens, **{"temperature": 0, "stop_ids": self.model.tokenizer.stop_ids, **settings})
+        engine = engine or self.engine(slots=min(SLOTS, len(prompts)))
+        found = sample(engine, self.params, [prompt[-room:] for prompt in prompts], jax.random.key(seed), settings=how)
+        return [visible_text(completion, self.model.tokenizer, how).strip() for (completion,) in found]
 
     def engine(self, **shape) -> LocalEngine:
         """What samples from the model, with `self.params`. shape: fields of LocalEngine. Raises ConfigError."""

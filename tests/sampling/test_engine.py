@@ -70,11 +70,13 @@ def test_the_token_that_completes_a_stop_string(tokenizer):
 
 
 def test_a_reader_sees_neither_stop_nor_what_comes_after(tokenizer):
-    ids = tokenizer.encode("The capital is Kathmandu.")
-    full = stop = tokenizer.decode(ids)
-    assert visible_text(completion(ids), tokenizer) == full
-    assert visible_text(completion([*ids, tokenizer.eos_id], "stop"), tokenizer) == full
-    assert visible_text(completion(ids, "stop"), tokenizer) == tokenizer.decode(ids[:-1])  # its last is a stop of ours
-    assert visible_text(completion(ids, "stop"), tokenizer, ("Kath", "is")) == full[: full.index("is")]
-    assert visible_text(completion(ids, "stop"), tokenizer, (stop,)) == ""
-    assert visible_text(completion([tokenizer.eos_id], "stop"), tokenizer) == ""
+    ids, end = tokenizer.encode("The capital is Kathmandu."), tokenizer.eos_id
+    full = tokenizer.decode(ids)
+
+    def seen(tokens, **settings):
+        return visible_text(completion(tokens), tokenizer, Sampling(**settings))
+
+    assert seen(ids) == seen(ids, stop_ids=(end,)) == seen([*ids, end], stop_ids=(end,)) == full
+    assert seen(ids, stop_ids=(end, ids[-1])) == tokenizer.decode(ids[:-1])
+    assert seen(ids, stop=("Kath", "is"), stop_ids=(end,)) == full[: full.index("is")]
+    assert seen(ids, stop=(full,)) == seen([end], stop_ids=(end,)) == ""

@@ -50,6 +50,7 @@ def test_tokens_and_logps_are_what_the_server_drew(server):
             _, logps, reason = next(t for t in theirs if t[0] == completion.tokens.tolist())
             assert completion.finish_reason == reason and completion.tokens.dtype == np.int32
             np.testing.assert_allclose(completion.logps, logps, rtol=1e-6)
+            np.testing.assert_array_equal(completion.drawn_logps, completion.logps)
     assert {c.finish_reason for of_prompt in found for c in of_prompt} == {"stop", "length"}
 
 
@@ -115,19 +116,19 @@ def test_finished_prompts_come_before_the_others_are(server):
 
 
 def test_choices_are_drawn_token_by_token_in_their_proportions(server):
-    choices, prompt = ((10, 11), (10, 12), (13,)), PROMPTS[0]
+    choices, prompt = ((10, 11), (10, 12), (13,), (13, 14)), PROMPTS[0]
     settings = Sampling(max_new_tokens=4, stop_ids=(3,), choices=choices)
     (found,) = draw(server, settings, prompts=[prompt], completions=300)
     drawn = [tuple(completion.tokens.tolist()) for completion in found]
-    assert set(drawn) == {(10, 11, 3), (10, 12, 3), (13, 3)}
+    assert set(drawn) == {(10, 11), (10, 12), (13, 3), (13, 14)}  # a stop ends what could go on
     assert {completion.finish_reason for completion in found} == {"stop"}
     ids = prompt.tolist()
     first, second = logits(ids), logits([*ids, 10])
     wanted = np.exp(first[10]) / (np.exp(first[10]) + np.exp(first[13]))
     wanted *= np.exp(second[11]) / (np.exp(second[11]) + np.exp(second[12]))
-    share = drawn.count((10, 11, 3)) / 300
+    share = drawn.count((10, 11)) / 300
     assert abs(share - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 300)
-    of_one = next(completion for completion in found if len(completion.tokens) == 2)
+    of_one = next(completion for completion in found if completion.tokens[0] == 13)
     assert of_one.logps[0] == pytest.approx(log_softmax(first)[13], abs=1e-5)  # as a trainer computes it: no bias
 
 
@@ -230,8 +231,8 @@ def test_bad_settings_and_prompts_are_told_before_anything_is_drawn(server):
         draw(server, engine=engine_of(server, model="mine"))
     with pytest.raises(ConfigError, match=r"sampling.logit_bias: servers take -100 to 100"):
         draw(server, dataclasses.replace(SHORT, logit_bias=((1, 200.0),)))
-    with pytest.raises(ConfigError, match=r"sampling.stop_ids: empty"):
-        draw(server, Sampling(choices=((1,),)))
+    with pytest.raises(ConfigError, match=r"sampling.choices: one begins another, and there is no stop token"):
+        draw(server, Sampling(choices=((1,), (1, 2))))
     with pytest.raises(DataError, match=r"prompt 9: 63 tokens and sampling.max_new_tokens = 6 are more than the 64"):
         draw(server, prompts=[PROMPTS[0], np.ones(63, np.int32)], indices=[2, 9])
     assert server.requests == []

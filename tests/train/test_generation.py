@@ -162,7 +162,32 @@ def test_a_fingerprint_is_of_the_weights(model, reward):
     assert dataclasses.replace(model, params=last).fingerprint() != model.fingerprint()
 
 
-# ---- the verb, with a server that draws ----
+# ---- the verb ----
+
+
+def test_the_verb_draws_in_this_process_and_goes_on(model, reward, prompts, tmp_path, capsys):
+    def made(name, *flags):
+        path = tmp_path / name
+        given = [f"--checkpoint={model.model.path}", f"--prompts={prompts}", f"--to={path}", "--max-new-tokens=6"]
+        assert cli.main(["generate", *given, "--slots=4", *flags]) == 0
+        return path.read_bytes()
+
+    whole = made("out.jsonl", "--completions=2")
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["index"] for line in lines] == list(range(7))
+    assert all(len(line["completions"]) == 2 and line["completions"][0]["logp"] < 0 for line in lines)
+    (tmp_path / "out.jsonl").write_bytes(b"\n".join(whole.split(b"\n")[3:])[:-9])
+    assert made("out.jsonl", "--completions=2") == whole  # to the bit, whatever was there
+    assert "going on after 3 of 7 prompts" in capsys.readouterr().out
+    assert made("other.jsonl", "--completions=2", "--seed=1") != whole
+    every = [
+        json.loads(line) for line in made("all.jsonl", "--completions=4", f"--reward={reward.model.path}").splitlines()
+    ]
+    best = [
+        json.loads(line) for line in made("best.jsonl", "--best-of=4", f"--reward={reward.model.path}").splitlines()
+    ]
+    for line, kept in zip(every, best, strict=True):
+        assert kept["completions"] == [max(line["completions"], key=lambda found: found["score"])]
 
 
 def test_the_verb_draws_from_a_server_and_goes_on(model, prompts, tmp_path, capsys, monkeypatch):
