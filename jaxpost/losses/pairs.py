@@ -27,6 +27,11 @@ class PairLogps:
     margin: "Float[Array, 'P'] | None" = None  # how much better y_w is, as the data say: a difference of scores
 
 
+def smoothed(margin, label_smoothing: float = 0.0):
+    """-(1 - e) log sigma(margin) - e log sigma(-margin): labels are wrong with probability e = label_smoothing."""
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+
+
 def log_ratios(policy: PairLogps, reference: PairLogps | None) -> "tuple[Array, Array]":
     """log(pi / pi_ref) of chosen and rejected, f32[P] each."""
     if reference is None:

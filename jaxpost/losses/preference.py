@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxpost.losses.pairs import PairLogps, implicit_rewards, log_ratios, means
+from jaxpost.losses.pairs import PairLogps, implicit_rewards, log_ratios, means, smoothed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -53,11 +53,6 @@ def preference(loss=None, **traits: bool):
 def traits_of(loss) -> Traits:
     """Those of a loss, also with hyperparameters bound; the defaults where it was never decorated."""
     return getattr(getattr(loss, "func", loss), "traits", Traits())
-
-
-def smoothed(margin, label_smoothing: float = 0.0):
-    """-(1 - e) log sigma(margin) - e log sigma(-margin): labels are wrong with probability e = label_smoothing."""
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
 
 
 # --- against a reference ----------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxpost.losses.pairs import smoothed
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -22,19 +24,27 @@ def reward(loss):
 
 @reward
 def bradley_terry(
-    chosen: "Float[Array, '...']", rejected: "Float[Array, '...']", margin=None, *, centering: float = 0.0
+    chosen: "Float[Array, '...']",
+    rejected: "Float[Array, '...']",
+    margin=None,
+    *,
+    centering: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> "Float[Array, '...']":
     """-log sigma(r_w - r_l - m) + centering * (r_w + r_l)^2.
 
-    m is how much better the chosen one is, as the data say (none: 0); centering draws the scores towards mean 0.
+    m is how much better the chosen one is, as the data say (none: 0); centering draws the scores towards mean 0;
+    label_smoothing e in place of -log sigma(d): -(1 - e) log sigma(d) - e log sigma(-d), smallest at d = log(1/e - 1),
+    so that no score runs away and models trained apart agree on their scale.
     Ouyang et al. 2022, arXiv:2203.02155, equation 1; Touvron et al. 2023 (Llama 2), arXiv:2307.09288, equation 2
-    (margin); Eisenstein et al. 2023, "Helping or Herding?", arXiv:2312.09244, equation 2 (centring).
+    (margin); Eisenstein et al. 2023, "Helping or Herding?", arXiv:2312.09244, equation 2 (centring); Wang et al. 2024,
+    "Secrets of RLHF in Large Language Models Part II: Reward Modeling", arXiv:2401.06080 (label smoothing).
 
     >>> print(bradley_terry(jnp.array([1.0]), jnp.array([1.0])), bradley_terry(jnp.array([1.0]), jnp.array([0.0]), 1.0))
     [0.6931472] [0.6931472]
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
-    return -jax.nn.log_sigmoid(difference) + centering * (chosen + rejected) ** 2
+    return smoothed(difference, label_smoothing) + centering * (chosen + rejected) ** 2
 
 
 @reward
@@ -53,10 +63,13 @@ def plackett_luce(rewards: "Float[Array, '... K']", mask: "Float[Array, '... K']
 
 
 @reward
-def all_pairs(rewards: "Float[Array, '... K']", mask: "Float[Array, '... K']", scores=None) -> "Float[Array, '...']":
+def all_pairs(
+    rewards: "Float[Array, '... K']", mask: "Float[Array, '... K']", scores=None, *, label_smoothing: float = 0.0
+) -> "Float[Array, '...']":
     """Mean over the pairs i < j of a ranking of -log sigma(r_i - r_j), so that a ranking counts as one example.
 
     scores: what the data say of each; pairs of equal score are left out. 0 where a ranking has no pair.
+    label_smoothing: as in `bradley_terry`.
     Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv:2203.02155,
     equation 1.
 
@@ -67,7 +80,7 @@ def all_pairs(rewards: "Float[Array, '... K']", mask: "Float[Array, '... K']", s
     scores = jnp.broadcast_to(-index.astype(rewards.dtype), rewards.shape) if scores is None else scores
     better = scores[..., :, None] > scores[..., None, :]
     pairs = better & (mask[..., :, None] > 0) & (mask[..., None, :] > 0)
-    losses = -jax.nn.log_sigmoid(rewards[..., :, None] - rewards[..., None, :])
+    losses = smoothed(rewards[..., :, None] - rewards[..., None, :], label_smoothing)
     count = pairs.sum((-2, -1))
     return jnp.where(pairs, losses, 0.0).sum((-2, -1)) / jnp.maximum(count, 1).astype(rewards.dtype)
 

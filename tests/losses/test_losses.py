@@ -142,6 +142,23 @@ def test_plackett_luce_is_a_distribution_over_orders():
     np.testing.assert_allclose(pair, reward.bradley_terry(rewards[:1], rewards[1:2]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("e", [0.0, 0.1])
+def test_smoothed_labels_of_rewards_by_hand(e):
+    """A share e of the labels is taken to be the other way; the least loss is where sigma(difference) is 1 - e."""
+    chosen, rejected = jnp.array([0.3, 2.0]), jnp.array([-1.0, 0.5])
+    expected = [
+        -(1 - e) * log_sigmoid(float(w - l)) - e * log_sigmoid(float(l - w))
+        for w, l in zip(chosen, rejected, strict=True)
+    ]
+    found = reward.bradley_terry(chosen, rejected, label_smoothing=e)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    as_rankings = reward.all_pairs(jnp.stack([chosen, rejected], -1), jnp.ones((2, 2)), label_smoothing=e)
+    np.testing.assert_allclose(as_rankings, expected, rtol=1e-6)
+    if e:
+        slope = jax.grad(lambda d: reward.bradley_terry(d, 0.0, label_smoothing=e))(math.log(1 / e - 1))
+        np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
 def test_all_pairs_by_a_loop():
     rewards, scores = jnp.array([0.3, -1.0, 2.0, 0.1]), jnp.array([2.0, 1.0, 1.0, 0.0])
     better = [(i, j) for i in range(4) for j in range(4) if scores[i] > scores[j]]
