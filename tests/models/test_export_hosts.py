@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -55,4 +56,5 @@ def test_weights_spread_over_hosts_are_written_whole(tmp_path):
     wanted = load_file(given / "model.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
+        assert found[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found[name], tensor)
