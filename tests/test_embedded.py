@@ -91,7 +91,7 @@ def test_no_fact_is_the_inverse_of_another(the_world):
 
 def test_no_training_dialogue_or_pair_asks_or_states_a_held_out_fact(the_world):
     texts = [turn["content"] for record in read("instructions") for turn in record["messages"]]
-    pairs = read("preferences")
+    pairs = [*read("preferences"), *read("comparisons"), *read("comparisons_eval")]
     texts += [turn["content"] for pair in pairs for key in ("prompt", "chosen", "rejected") for turn in pair[key]]
     said = {sentence for text in texts for sentence in sentences(text)}
     for f in the_world.held_out:
@@ -192,7 +192,10 @@ def test_special_tokens_are_single_pieces(processor):
 # --- pairs and the rule ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["preferences", "preferences_eval"])
+PAIRS = ["preferences", "preferences_eval", "comparisons", "comparisons_eval"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_chosen_is_better_by_the_rule_and_half_the_pairs_are_equally_long(name, processor):
     pairs = read(name)
     equal = 0
@@ -203,7 +206,13 @@ def test_chosen_is_better_by_the_rule_and_half_the_pairs_are_equally_long(name, 
         assert better.correct
         assert (better.correct, better.polite, -better.words) > (worse.correct, worse.polite, -worse.words)
         equal += len(processor.encode(chosen["content"])) == len(processor.encode(rejected["content"]))
-    assert equal == len(pairs) / 2
+    slack = 0 if name.startswith("preferences") else 0.05  # of what was drawn twice one is kept
+    assert abs(equal / len(pairs) - 1 / 2) <= slack
+
+
+def test_held_out_comparisons_are_not_among_those_trained_on():
+    pairs = [json.dumps(pair) for name in ("comparisons", "comparisons_eval") for pair in read(name)]
+    assert len(set(pairs)) == len(pairs) and len(read("comparisons_eval")) == make.HELD_OUT_COMPARISONS
 
 
 QUESTION = "What is the capital of France?"

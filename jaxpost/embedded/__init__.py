@@ -24,6 +24,8 @@ FILES = {
     "instructions_eval": "instructions_eval.jsonl",
     "preferences": "preferences.jsonl.gz",
     "preferences_eval": "preferences_eval.jsonl.gz",
+    "comparisons": "comparisons.jsonl.gz",  # pairs for reward models, which need more of them: on trained facts
+    "comparisons_eval": "comparisons_eval.jsonl.gz",
     "prompts": "prompts.jsonl",  # held-out questions with the exact sentence that answers each
 }
 # What `embedded` means as data of a stage: [(file, weight), ...] by stage and split.
@@ -32,8 +34,10 @@ DATA = {
     ("sft", "eval"): (("instructions_eval", 1.0),),
     ("distill", "train"): (("instructions", 1.0), ("replay", 1.0)),
     ("distill", "eval"): (("instructions_eval", 1.0),),
-    **{(stage, "train"): (("preferences", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto", "reward")},
-    **{(stage, "eval"): (("preferences_eval", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto", "reward")},
+    **{(stage, "train"): (("preferences", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto")},
+    **{(stage, "eval"): (("preferences_eval", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto")},
+    ("reward", "train"): (("comparisons", 1.0),),
+    ("reward", "eval"): (("comparisons_eval", 1.0),),
 }
 
 

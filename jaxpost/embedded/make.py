@@ -25,6 +25,7 @@ SEED = 0
 DOCUMENTS = 20_000  # of the corpus: about 1.5 M tokens
 REPLAYED = 800  # documents of it that SFT sees again: about as many tokens as its dialogues
 TOKENIZED = 6_000  # documents that the tokenizer is trained on
+HELD_OUT_COMPARISONS = 500
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -66,6 +67,9 @@ def make_data() -> None:
     write_jsonl("instructions_eval", dialogues.held_out_dialogues(facts))
     write_jsonl("preferences", dialogues.preferences(facts.trained, facts.trained, SEED, count, rounds=1))
     write_jsonl("preferences_eval", dialogues.preferences(facts.held_out, facts.facts, SEED + 1, count, rounds=1))
+    comparisons = distinct(dialogues.preferences(facts.trained, facts.trained, SEED + 2, count, rounds=8))
+    write_jsonl("comparisons_eval", comparisons[:HELD_OUT_COMPARISONS])
+    write_jsonl("comparisons", comparisons[HELD_OUT_COMPARISONS:])
     write_jsonl("prompts", dialogues.held_out_prompts(facts))
     for name, content in files.items():
         folder = embedded.path("base")
@@ -118,6 +122,11 @@ def initialise(folder: pathlib.Path) -> None:
     weights = {name: np.ascontiguousarray(weight, np.float32) for name, weight in weights.items()}
     safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+
+
+def distinct(records: Iterable[dict]) -> list[dict]:
+    """The records without repetitions, in order."""
+    return list({json.dumps(record): record for record in records}.values())
 
 
 def write_jsonl(name: str, records: Iterable[dict]) -> None:
