@@ -108,20 +108,17 @@ class Workers:
                 raise concurrent.futures.CancelledError
             if not self._idle.empty():
                 return self._idle.get(), False
-            self._processes.append(_start())
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._processes.append(start_python("jaxpost.data.workers", **pipes))
             return self._processes[-1], True
 
 
-def _start() -> subprocess.Popen:
+def start_python(module: str, **settings) -> subprocess.Popen:
+    """`python -m module`, which finds what this process finds. settings: of Popen."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # An accelerator belongs to the process that trains; one thread each, as there is one process a core.
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "jaxpost.data.workers"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
+    return subprocess.Popen([sys.executable, "-P", "-m", module], env=environment, **settings)
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
