@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpost.data.encode import encode
-from jaxpost.data.formats import ExampleFault, detect, parse
+from jaxpost.data.formats import ExampleFault, detect
+from jaxpost.data.questions import asks, read
 from jaxpost.data.sources import Source
 from jaxpost.data.templates import Template
 from jaxpost.data.tokenizers import Tokenizer
@@ -175,16 +176,17 @@ def encode_chunk(encoding: Encoding, source: Source, records: Sequence[int]) -> 
     """
     documents: list[list[Document]] = []
     truncated, faults = [], []
+    detects = asks if encoding.kind == "prompt" else detect
     for position, index in enumerate(records):
         record, origin = source[int(index)]
-        if encoding.detected and (this := detect(record, origin)) != encoding.format:
+        if encoding.detected and (this := detects(record, origin)) != encoding.format:
             raise DataError(
                 f"{origin}: the record has the keys of format {this}, but the file began with {encoding.format}"
             )
         found, cut = [], False
         try:
             encoded = encode(
-                parse(record, origin, encoding.format, encoding.kind),
+                read(record, origin, encoding.format, encoding.kind),
                 int(index),
                 template=encoding.template,
                 tokenizer=encoding.tokenizer,

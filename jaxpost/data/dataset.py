@@ -15,8 +15,9 @@ from jaxpost.data import quality
 from jaxpost.data.cache import Cache
 from jaxpost.data.chunks import Chunk, Encoding, Fault
 from jaxpost.data.documents import Documents, LazyDocuments
-from jaxpost.data.formats import FORMATS, Example, ExampleFault, detect, file_beside, parse
+from jaxpost.data.formats import FORMATS, Example, ExampleFault, detect, file_beside
 from jaxpost.data.mixture import amounts, mix
+from jaxpost.data.questions import asks, read
 from jaxpost.data.report import Report
 from jaxpost.data.sources import Source, open_source
 from jaxpost.data.sources.files import sha256
@@ -25,6 +26,7 @@ from jaxpost.data.tokenizers import Tokenizer
 from jaxpost.data.workers import Encoder, Job, Task, Workers, cores
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.keys import QualityConfig
+from jaxpost.types import Origin
 
 FOLDERS = ("tokens", "sources")  # of cache_dir
 CHUNK = 1024  # records of a chunk that is kept on disk
@@ -63,13 +65,20 @@ class Dataset:
                 found |= {other: sha256(other) for other in sorted(file_beside(path, beside) for path in paths)}
         return found
 
+    def record(self, example_id: int) -> tuple[dict, Origin]:
+        """The record behind the documents of this `example_id`."""
+        return self._find(example_id)[:2]
+
     def example(self, example_id: int) -> Example:
-        """The example behind the documents of this `example_id`, read and parsed again."""
+        """The same, read and parsed again."""
+        record, origin, format = self._find(example_id)
+        return read(record, origin, format, self.kind)
+
+    def _find(self, example_id: int) -> tuple[dict, Origin, str]:
         ends = np.cumsum([len(source) for source in self.sources])
         number = int(np.searchsorted(ends, example_id, "right"))
         source = self.sources[number]
-        record, origin = source[example_id - int(ends[number]) + len(source)]
-        return parse(record, origin, self.report.formats[number], self.kind)
+        return *source[example_id - int(ends[number]) + len(source)], self.report.formats[number]
 
 
 def load_dataset(
@@ -95,7 +104,8 @@ def load_dataset(
         0.5 every second one, 1.5 every example and every second one again: by index, so without any draw) or
         {"tokens": n}: as many tokens as whole examples make of it, repeated or cut, the same ones in every epoch.
       kind: "sft" (conversations, prompts with completions, raw text), "preference" (pairs), "scored" (pairs with
-        scores), "ranking" (also pairs), "unpaired" (single completions with a label) or "prompt" (questions alone).
+        scores), "ranking" (also pairs), "unpaired" (single completions with a label) or "prompt" (what is asked in
+        any of these: see `question`).
       max_tokens: longest prompt and completion together, in tokens.
       on_bad: a faulty example is dropped and counted ("drop") or ends the reading ("error").
       on_long: what becomes of an example beyond max_tokens: "drop" or "truncate" (see `encode`).
@@ -155,7 +165,8 @@ def _is_lazy(tokenize: str, pairs, sources: Sequence[Source], missing: Callable[
 
 def _format(source: Source, format: str, kind: str) -> str:
     """The format of a source, by its first record; DataError where it holds another kind of data."""
-    name = detect(*source[0]) if format == "auto" else format
+    detects = asks if kind == "prompt" else detect
+    name = detects(*source[0]) if format == "auto" else format
     if name in FORMATS and not FORMATS[name].fits(kind):
         fitting = ", ".join(f.name for f in FORMATS.values() if f.fits(kind))
         raise DataError(
@@ -176,7 +187,7 @@ def _removed(sources, formats, kind: str, settings: QualityConfig, cache) -> dic
                 advance(1)
                 example_id, (record, origin) = next(numbered), source[index]
                 try:
-                    example = parse(record, origin, name, kind)
+                    example = read(record, origin, name, kind)
                 except ExampleFault:
                     continue
                 ids.append(example_id)

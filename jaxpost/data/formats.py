@@ -72,7 +72,9 @@ class Format:
 
     def fits(self, kind: str) -> bool:
         """Whether it can be read as this kind: a pair is also a ranking of two, with scores a scored one, and a good
-        completion and a bad one."""
+        completion and a bad one; and all but raw text ask something."""
+        if kind == "prompt":
+            return self.name != "text"
         return kind == self.kind or (self.kind == "preference" and kind in ("ranking", "scored", "unpaired"))
 
 
@@ -113,11 +115,7 @@ def parse(record: dict, origin: Origin, format: str = "auto", kind: str | None =
     name = detect(record, origin) if format == "auto" else format
     if name not in FORMATS:
         raise DataError(f"data.format: no format is called {name!r}; known are {', '.join(FORMATS)}")
-    missing = FORMATS[name].required - record.keys()
-    if missing:
-        raise DataError(
-            f"{origin}: format {name} needs the key {', '.join(sorted(missing))}, found {', '.join(sorted(record))}"
-        )
+    needs(record, origin, name)
     try:
         if FORMATS[name].beside:
             record = _joined(record, origin, FORMATS[name].beside)
@@ -132,6 +130,14 @@ def parse(record: dict, origin: Origin, format: str = "auto", kind: str | None =
     if (found, kind) == ("preference", "scored"):
         values = [{"score": _pair_scores(record, origin)}]
     return Example(found, prompt, completions, origin, name, *values)
+
+
+def needs(record: dict, origin: Origin, name: str) -> None:
+    """Raises DataError where the record lacks a key of the format."""
+    if missing := FORMATS[name].required - record.keys():
+        raise DataError(
+            f"{origin}: format {name} needs the key {', '.join(sorted(missing))}, found {', '.join(sorted(record))}"
+        )
 
 
 def _check(kind: str, prompt, completions: tuple[Completed, ...]) -> None:

@@ -223,7 +223,7 @@ class Loader:
     def _make_order(self, epoch: int) -> np.ndarray:
         """The epoch's entries in order, int64[entries]."""
         count = self._grouped.entries
-        return self._random_order(count, epoch, 0) if self._shuffle else np.arange(count)
+        return random_order(count, self._seed, epoch) if self._shuffle else np.arange(count)
 
     def _window_entries(self, epoch: int, window: int) -> np.ndarray:
         return self._order(epoch)[window * self._window : (window + 1) * self._window]
@@ -241,7 +241,7 @@ class Loader:
             )
         rows = pack(costs, self.tokens_per_row, self.documents_per_row)
         if self._shuffle:
-            rows = [rows[i] for i in self._random_order(len(rows), epoch, 1 + window)]
+            rows = [rows[i] for i in random_order(len(rows), self._seed, epoch, 1 + window)]
         return [members[row].tolist() for row in rows]
 
     def _count_taken(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,10 +255,11 @@ class Loader:
 
         return count(self._order(epoch)[: window * self._window]), count(self._window_entries(epoch, window))
 
-    def _random_order(self, count: int, epoch: int, stream: int) -> np.ndarray:
-        """A permutation of `count`. Made of raw bits, which numpy never changes; the methods of Generator it may."""
-        bits = np.random.Philox(key=[self._seed, epoch], counter=[0, 0, 0, stream])
-        return np.argsort(bits.random_raw(count), kind="stable")
+
+def random_order(count: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+    """A permutation of `count`. Made of raw bits, which numpy never changes; the methods of Generator it may."""
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream])
+    return np.argsort(bits.random_raw(count), kind="stable")
 
 
 class _Plain:
