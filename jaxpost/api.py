@@ -3,11 +3,9 @@
 import os
 
 from jaxpost import config as configs
-from jaxpost.sharding import make_mesh
 from jaxpost.stages import RUN
-from jaxpost.train.folder import is_run
-from jaxpost.train.run import LoadedModel, Run, load_run
-from jaxpost.train.setup import open_model, use_compilation_cache
+from jaxpost.train.run import LoadedModel, Run, load_model
+from jaxpost.train.setup import use_compilation_cache
 
 __all__ = ["LoadedModel", "Run", "get_config", "load", "run"]
 
@@ -40,11 +38,4 @@ def load(path, *, template: str | None = None, weights: bool = True) -> LoadedMo
     weights: False leaves them unread, where a server samples: `params` and `mesh` are None.
     """
     use_compilation_cache(None)
-    path = os.fspath(path)
-    if is_run(path):
-        return load_run(path, weights=weights)
-    values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
-    config = configs.resolve(values | {"tokenizer": {"template": template}})
-    mesh = make_mesh() if weights else None
-    model = open_model(config, mesh, any_head=True)
-    return LoadedModel(model, model.load() if weights else None, mesh)
+    return load_model(os.fspath(path), template=template, weights=weights)

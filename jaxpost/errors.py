@@ -17,5 +17,9 @@ class CheckpointError(UserError):
     """A model folder, a weight file or a run folder."""
 
 
+class ScoreError(UserError):
+    """Answers without a score: a reward function that raised, hung, or gave no number."""
+
+
 class EngineError(UserError):
     """A server that samples: gone, hanging, refusing, or not returning what is asked of it."""

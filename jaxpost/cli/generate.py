@@ -26,13 +26,15 @@ def run(arguments: list[str]) -> None:
     from jaxpost import api, embedded  # after the flags are found good: what follows loads jax
     from jaxpost.data.sources import open_source
     from jaxpost.train import generation
+    from jaxpost.train.prompts import read_prompts
+    from jaxpost.train.scoring import RewardModelScorer
 
     source = open_source(embedded.resolve(flags.prompts))
     model = api.load(flags.checkpoint, weights=flags.url is None)
     if flags.adapter:
         model = model.with_adapter(flags.adapter)
     settings = sampling.settings(flags, model.model.tokenizer)
-    asked = generation.read_prompts(source, model, settings)
+    asked = read_prompts(source, model.model, settings)
     reward = api.load(flags.reward) if flags.reward else None
     output = generation.Output(flags.to, describe(flags, source, model, reward, settings))
     if output.done:
@@ -47,7 +49,7 @@ def run(arguments: list[str]) -> None:
         seed=flags.seed,
         completions=flags.best_of or flags.completions,
         keep=flags.completions if flags.best_of else None,
-        score=reward and generation.scorer(reward, model),
+        score=reward and RewardModelScorer(reward, model.model),
         token_ids=flags.token_ids,
     )
     console = Console()

@@ -1,53 +1,26 @@
 """Completions for a file of prompts, in a file that is gone on with where it was left."""
 
-import dataclasses
 import json
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from jaxpost.data.encode import encode
 from jaxpost.data.formats import Example
-from jaxpost.data.questions import question
-from jaxpost.data.sources import Source
 from jaxpost.errors import DataError
-from jaxpost.sampling.engine import Engine, Sampling, check_prompts, visible_text
+from jaxpost.sampling.engine import Engine, Sampling, visible_text
 from jaxpost.sampling.local import roomy
 from jaxpost.train.folder import write_atomically
+from jaxpost.train.prompts import Asked
 from jaxpost.train.run import LoadedModel
+from jaxpost.train.scoring import Answer, Scorer, refuse_failures
 from jaxpost.types import Completion
 
-ANY_LENGTH = 2**31
 log = logging.getLogger("jaxpost")
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A prompt, as it was read and as the model sees it (int32[P])."""
-
-    example: Example
-    tokens: np.ndarray
-
-
-def read_prompts(source: Source, model: LoadedModel, settings: Sampling) -> list[Asked]:
-    """All prompts of a source, rendered with the generation prompt.
-
-    Raises DataError, which names file and line, for a record that asks nothing and for a prompt that does not fit.
-    """
-    opened, found = model.model, []
-    for index in range(len(source)):
-        record, origin = source[index]
-        example = question(record, origin)
-        whole = {"template": opened.template, "tokenizer": opened.tokenizer, "max_tokens": ANY_LENGTH}
-        tokens = encode(example, index, **whole, on_long="drop").documents[0].prompt
-        check_prompts([tokens], settings, opened.policy.config.max_positions, [origin])
-        found.append(Asked(example, tokens))
-    return found
 
 
 def context_of(model: LoadedModel, asked: Sequence[Asked], settings: Sampling) -> int:
@@ -123,7 +96,7 @@ def generate(
     seed: int,
     completions: int = 1,
     keep: int | None = None,
-    score: Callable[[Asked, Sequence[Completion], Sequence[str]], np.ndarray] | None = None,
+    score: Scorer | None = None,
     token_ids: bool = False,
 ) -> Iterator[int]:
     """Draws completions for the prompts that `output` has not, writes a line for each, and yields its index.
@@ -142,34 +115,14 @@ def generate(
         texts = [visible_text(completion, model.model.tokenizer, settings) for completion in drawn]
         found = [_described(completion, text, token_ids) for completion, text in zip(drawn, texts, strict=True)]
         if score is not None:
-            scores = [float(value) for value in score(one, drawn, texts)]
-            found = [made | {"score": value} for made, value in zip(found, scores, strict=True)]
+            scored = score([Answer(one, completion, text) for completion, text in zip(drawn, texts, strict=True)])
+            refuse_failures(scored)
+            found = [made | {"score": value} for made, value in zip(found, scored.values.tolist(), strict=True)]
         if keep is not None:
             found = sorted(found, key=lambda made: -made["score"])[:keep]
         output.write({"index": rest[place], **_prompt(one.example), "completions": found})
         yield rest[place]
     output.sort()
-
-
-def scorer(reward: LoadedModel, model: LoadedModel) -> Callable:
-    """Mean scores by a reward model, for `generate`.
-
-    Of the very tokens where both models have one tokenizer and template. Else of the text, rendered as in training: a
-    completion that was cut at the longest length is then scored as if it had ended there.
-    """
-    one, other = reward.model, model.model
-    same = one.tokenizer.fingerprint == other.tokenizer.fingerprint
-    same = same and one.template.fingerprint == other.template.fingerprint
-
-    def score(asked: Asked, completions: Sequence[Completion], texts: Sequence[str]) -> np.ndarray:
-        if same:
-            return reward.score_tokens([[*asked.tokens, *completion.tokens] for completion in completions]).mean
-        prompt = asked.example.prompt
-        if isinstance(prompt, str):
-            raise DataError(f"{asked.example.origin}: raw text, which a reward model of another tokenizer cannot score")
-        return reward.score(list(prompt.messages), texts).mean
-
-    return score
 
 
 def _described(completion: Completion, text: str, token_ids: bool) -> dict:

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxpost.data.encode import encode
-from jaxpost.data.formats import Example
-from jaxpost.errors import CheckpointError, ConfigError
+from jaxpost import config as configs
+from jaxpost.errors import ConfigError
 from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
 from jaxpost.sampling.engine import Sampling, sample, visible_text
@@ -22,8 +21,8 @@ from jaxpost.sharding import make_mesh
 from jaxpost.train.adapters import adapter_folder, as_loaded
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.folder import is_run, read_config
-from jaxpost.train.scores import Scores, score_documents, token_documents
-from jaxpost.train.setup import Model, open_model, scored_model
+from jaxpost.train.scores import Scores, answer_document, score_documents, token_documents
+from jaxpost.train.setup import Model, open_model, reference_weights, scored_model
 from jaxpost.types import Conversation, Origin
 
 SLOTS = 32  # most prompts that are answered at once
@@ -79,12 +78,13 @@ class LoadedModel:
         that it cannot read.
         """
         asked = Conversation(({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt))
-        model, most, documents = self.model, self.model.policy.config.max_positions, []
-        for n, text in enumerate(completions):
-            answer = ({"role": "assistant", "content": text},)
-            example = Example("unpaired", asked, (answer,), Origin("completion", n + 1), "unpaired")
-            settings = {"template": model.template, "tokenizer": model.tokenizer, "max_tokens": most}
-            documents += encode(example, n, **settings, on_long="drop").documents
+        model = self.model
+        encoding = {"template": model.template, "tokenizer": model.tokenizer}
+        encoding["max_tokens"] = model.policy.config.max_positions
+        documents = [
+            answer_document(asked, text, Origin("completion", n + 1), n, **encoding)
+            for n, text in enumerate(completions)
+        ]
         return score_documents(model.policy, self.params, self.mesh, documents)
 
     def score_tokens(self, sequences: Sequence[Sequence[int]]) -> Scores:
@@ -156,23 +156,41 @@ class Run(LoadedModel):
         return {name: np.array(values, np.float64) for name, values in found.items()}
 
 
-def load_run(folder, *, weights: bool = True) -> LoadedModel:
-    """The newest weights of a run folder, on the mesh of its config, or over all devices where there are others now.
+def load_model(path: str, *, template: str | None = None, weights: bool = True, mesh=None, frozen=False) -> LoadedModel:
+    """A model by path (as `model.path`), or the newest weights of a run folder; its head may be of words or of scores.
 
-    weights: False leaves params and mesh None.
-    Raises CheckpointError when it holds no run or no checkpoint that can be read.
+    template: chat template of a model that has none of its own. weights: False leaves params and mesh None.
+    mesh: None is all devices, for a run as its config has them. frozen: held in the type that it computes in.
+    Raises CheckpointError for a run without a checkpoint that can be read, or a folder without a model.
     """
-    if not is_run(folder):
-        raise CheckpointError(f"{folder}: not a run folder (no config.json with a stage in it)")
+    if is_run(path):
+        return _load_run(path, weights=weights, mesh=mesh, frozen=frozen)
+    values = {"stage": "sft", "model": {"path": path}, "data": {"train": "embedded"}, "run": {"steps": 1}}
+    config = configs.resolve(values | {"tokenizer": {"template": template}})
+    mesh = (mesh or make_mesh()) if weights else None
+    model = open_model(config, mesh, any_head=True)
+    model = reference_weights(config, model) if frozen and weights else model
+    return LoadedModel(model, model.load() if weights else None, mesh)
+
+
+def _load_run(folder, *, weights: bool, mesh, frozen: bool) -> LoadedModel:
     config = read_config(folder)
     if not weights:
         return LoadedModel(open_model(config, None), None, None)
-    sizes, devices = dataclasses.asdict(config.mesh), jax.device_count()
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    fits = devices % fixed == 0 if -1 in sizes.values() else devices == fixed
-    mesh = make_mesh(**sizes if fits else {})
+    mesh = mesh or _mesh_of(config)
     model = open_model(config, mesh)
     with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
         params = checkpoints.restore_params(model.sharded)
         extra = checkpoints.extra(checkpoints.restored)
+    if frozen:
+        model = reference_weights(config, model)
+        params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, model.abstract)
     return LoadedModel(scored_model(model, extra), model.policy.whole(params, model.load_frozen()), mesh)
+
+
+def _mesh_of(config):
+    """As the config has it, or over all devices where there are others now."""
+    sizes, devices = dataclasses.asdict(config.mesh), jax.device_count()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fits = devices % fixed == 0 if -1 in sizes.values() else devices == fixed
+    return make_mesh(**sizes if fits else {})

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost.data.encode import encode
+from jaxpost.data.formats import Example
 from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.ops.completions import completion_ends
 from jaxpost.sharding import batch_sharding, batch_shards
-from jaxpost.types import Array, Batch, Document, Origin
+from jaxpost.types import Array, Batch, Conversation, Document, Origin
 
 ROWS, NARROWEST, DOCUMENTS_PER_ROW = 8, 64, 64  # of the rows in which loose documents are scored
 
@@ -100,6 +102,16 @@ def token_documents(sequences: Sequence[Sequence[int]], longest: int) -> list[Do
         nothing = np.zeros(len(tokens) - 1, np.float32)
         documents.append(Document(tokens[:1], (tokens[1:],), (nothing,), index, Origin("sequence", index + 1)))
     return documents
+
+
+def answer_document(prompt: Conversation, text: str, origin: Origin, index: int = 0, **encoding) -> Document:
+    """An answer to a conversation, rendered and tokenised as in training.
+
+    encoding: template, tokenizer and max_tokens, as of `encode`. Raises DataError for what cannot be read.
+    """
+    answer = ({"role": "assistant", "content": text},)
+    example = Example("unpaired", prompt, (answer,), origin, "unpaired")
+    return encode(example, index, **encoding, on_long="drop").documents[0]
 
 
 def normalized(scores: np.ndarray, norm) -> np.ndarray:

@@ -314,23 +314,31 @@ def _max_tokens(config, model: Model) -> int:
     return config.data.max_tokens or model.policy.config.max_positions
 
 
-def _dataset(config, model: Model, kind: str, sources, inspect, mode: str, quality=None) -> Dataset:
+def open_prompts(config, model: Model, split: str, longest: int) -> Dataset:
+    """What data.train or data.eval (split "train", "eval") ask. longest: tokens of a prompt, see data.on_long."""
+    sources = embedded.sources(getattr(config.data, split), config.stage, split)
+    quality = config.data.quality if split == "train" else None
+    limits = {"max_tokens": longest, "row_tokens": None}
+    return _dataset(config, model, "prompt", sources, None, "ahead", quality, **limits)
+
+
+def _dataset(config, model: Model, kind: str, sources, inspect, mode: str, quality=None, **limits) -> Dataset:
     """Reads the sources. inspect: what looks at the result; see `open_data`. mode: as data.tokenize."""
     kept = config.data.cache_dir
+    limits = {"max_tokens": _max_tokens(config, model), "row_tokens": config.batch.tokens_per_row} | limits
     dataset = load_dataset(
         sources,
         tokenizer=model.tokenizer,
         template=model.template,
         kind=kind,
-        max_tokens=_max_tokens(config, model),
         on_bad=config.data.on_bad,
         on_long=config.data.on_long,
         format=config.data.format,
-        row_tokens=config.batch.tokens_per_row,
         tokenize=mode,
         workers=config.data.workers,
         cache_dir=cache_folder() / "data" if kept is None else kept or None,
         settings=quality,
+        **limits,
     )
     if inspect is not None:
         inspect(dataset)

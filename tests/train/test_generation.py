@@ -10,9 +10,11 @@ import pytest
 
 from jaxpost import api, cli
 from jaxpost.data.sources import open_source
-from jaxpost.errors import DataError
+from jaxpost.errors import DataError, ScoreError
 from jaxpost.sampling.engine import Sampling
-from jaxpost.train.generation import Output, generate, read_prompts, scorer
+from jaxpost.train.generation import Output, generate
+from jaxpost.train.prompts import read_prompts
+from jaxpost.train.scoring import RewardModelScorer
 from jaxpost.types import Completion
 from tests.sampling.server import Server
 from tests.worlds import write_model
@@ -60,7 +62,7 @@ def settings_of(model, **values):
 def run(model, prompts, to, most=None, settings=None, header=None, **kwargs):
     """Generates into `to`, all or as many prompts as `most`; the lines that are there then."""
     settings = settings or settings_of(model)
-    asked = read_prompts(open_source(prompts), model, settings)
+    asked = read_prompts(open_source(prompts), model.model, settings)
     output = Output(to, header or {"seed": 0})
     for count, _ in enumerate(generate(model, Counting(), asked, output, settings=settings, seed=0, **kwargs), 1):
         if count == most:
@@ -84,7 +86,7 @@ def test_a_line_holds_prompt_and_completions(model, prompts, tmp_path):
 
 def test_the_model_sees_the_prompt_as_it_is_asked(model, prompts):
     opened = model.model
-    asked = read_prompts(open_source(prompts), model, settings_of(model))
+    asked = read_prompts(open_source(prompts), model.model, settings_of(model))
     wanted = opened.template.encode(RECORDS[0]["messages"][:1], opened.tokenizer, add_generation_prompt=True)
     assert asked[0].tokens.tolist() == wanted
     assert asked[6].tokens.tolist() == opened.tokenizer.with_bos(opened.tokenizer.encode("Once upon a time"))
@@ -122,10 +124,10 @@ def test_what_was_made_otherwise_is_not_mixed(model, prompts, tmp_path):
 
 
 def test_the_best_of_several_by_the_reward_model(model, reward, prompts, tmp_path):
-    score = scorer(reward, model)
+    score = RewardModelScorer(reward, model.model)
     every = run(model, prompts, tmp_path / "all.jsonl", completions=5, score=score, token_ids=True)
     best = run(model, prompts, tmp_path / "best.jsonl", completions=5, keep=2, score=score, token_ids=True)
-    asked = read_prompts(open_source(prompts), model, settings_of(model))
+    asked = read_prompts(open_source(prompts), model.model, settings_of(model))
     for line, kept, prompt in zip(every, best, asked, strict=True):
         wanted = [
             float(reward.score_tokens([[*prompt.tokens, *found["token_ids"]]]).mean[0]) for found in line["completions"]
@@ -141,18 +143,18 @@ def test_a_reward_model_of_another_template_scores_the_text(model, reward, promp
     other = dataclasses.replace(reward, model=dataclasses.replace(reward.model, template=template))
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:2]))
-    for line in run(model, chats, tmp_path / "out.jsonl", completions=2, score=scorer(other, model)):
+    for line in run(model, chats, tmp_path / "out.jsonl", completions=2, score=RewardModelScorer(other, model.model)):
         wanted = reward.score(line["messages"], [found["text"] for found in line["completions"]]).mean
         np.testing.assert_allclose([found["score"] for found in line["completions"]], wanted, atol=1e-5)
-    with pytest.raises(DataError, match=r"prompts.jsonl:7: raw text, which a reward model of another tokenizer"):
-        run(model, prompts, tmp_path / "raw.jsonl", score=scorer(other, model))
+    with pytest.raises(ScoreError, match=r"prompts.jsonl:7: raw text, which a reward model of another tokenizer"):
+        run(model, prompts, tmp_path / "raw.jsonl", score=RewardModelScorer(other, model.model))
 
 
 def test_a_prompt_that_does_not_fit_is_named(model, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps({"prompt": "many words " * 60}) + "\n")
     with pytest.raises(DataError, match=r"long.jsonl:2: \d+ tokens and sampling.max_new_tokens = 4 are more than"):
-        read_prompts(open_source(path), model, settings_of(model))
+        read_prompts(open_source(path), model.model, settings_of(model))
 
 
 def test_a_fingerprint_is_of_the_weights(model, reward):
