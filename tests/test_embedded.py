@@ -122,6 +122,13 @@ def test_prompts_ask_held_out_facts_only(the_world):
     assert all(embedded.score(p["messages"][0]["content"], p["answer"]).correct for p in prompts)
 
 
+def test_questions_ask_every_trained_fact_in_every_form(the_world):
+    asked = {record["messages"][0]["content"]: record["answer"] for record in read("questions")}
+    assert asked == {form: f.statement for f in the_world.trained for form in dialogues.questions(f)}
+    assert len(asked) == len(read("questions"))
+    assert not asked.keys() & {prompt["messages"][0]["content"] for prompt in embedded.prompts()}
+
+
 # --- from a seed ----------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +249,19 @@ def test_the_rule_counts_whole_sentences(text, answered, correct, polite):
     assert score.words == len(text.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("The capital of France is Paris. Happy to help!", 1.0),
+        ("The capital of France is Paris.", 0.5),
+        ("The capital of France is Rome. Happy to help!", 0.0),
+        ("Happy to help! Glad to help you!", 0.0),
+    ],
+)
+def test_the_rule_as_a_reward(text, value):
+    assert dialogues.gold([{"role": "user", "content": QUESTION}], text, {}) == value
+
+
 def test_evaluate_averages_the_rule_over_the_held_out_prompts():
     right = {p["messages"][0]["content"]: p["answer"] for p in embedded.prompts()}
     first = next(iter(right))
@@ -265,5 +285,5 @@ def test_sources_of_a_stage():
     mixed = embedded.sources([("embedded", 2.0), ("mine.jsonl", 0.5)], "sft", "train")
     files = [embedded.path("instructions"), embedded.path("replay")]
     assert mixed == [(str(files[0]), 2.0), (str(files[1]), 2.0), ("mine.jsonl", 0.5)]
-    with pytest.raises(ConfigError, match="no data for the stage ppo"):
-        embedded.sources([("embedded", 1.0)], "ppo", "train")
+    with pytest.raises(ConfigError, match="no data for the stage dreams"):
+        embedded.sources([("embedded", 1.0)], "dreams", "train")

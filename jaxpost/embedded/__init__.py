@@ -27,6 +27,7 @@ FILES = {
     "comparisons": "comparisons.jsonl.gz",  # pairs for reward models, which need more of them: on trained facts
     "comparisons_eval": "comparisons_eval.jsonl.gz",
     "prompts": "prompts.jsonl",  # held-out questions with the exact sentence that answers each
+    "questions": "questions.jsonl.gz",  # the same on trained facts, each in every form
 }
 # What `embedded` means as data of a stage: [(file, weight), ...] by stage and split.
 DATA = {
@@ -38,6 +39,8 @@ DATA = {
     **{(stage, "eval"): (("preferences_eval", 1.0),) for stage in (*STAGES_OF_PAIRS, "kto")},
     ("reward", "train"): (("comparisons", 1.0),),
     ("reward", "eval"): (("comparisons_eval", 1.0),),
+    ("ppo", "train"): (("questions", 1.0),),
+    ("ppo", "eval"): (("prompts", 1.0),),
 }
 
 

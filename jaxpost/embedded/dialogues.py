@@ -77,8 +77,18 @@ def held_out_prompts(world: World) -> Iterator[dict]:
     """Each held-out fact asked directly and chattily: `{"messages": [question], "answer": the exact sentence}`."""
     for fact in world.held_out:
         for form in (fact.relation.direct[0], fact.relation.chatty[0]):
-            question = turn("user", fact.fill(form))
-            yield {"messages": [question], "answer": fact.statement, "relation": fact.relation.name}
+            yield _prompt(fact, fact.fill(form))
+
+
+def trained_prompts(world: World) -> Iterator[dict]:
+    """The same of each trained fact, in every form: what reinforcement learning asks."""
+    for fact in world.trained:
+        for asked in questions(fact):
+            yield _prompt(fact, asked)
+
+
+def _prompt(fact: Fact, asked: str) -> dict:
+    return {"messages": [turn("user", asked)], "answer": fact.statement, "relation": fact.relation.name}
 
 
 def preferences(
@@ -173,3 +183,12 @@ def score(question: str, text: str) -> Score:
     goes_on = any(s.endswith("?") or s in _statements() - {fact.statement} for s in sentences) or len(said) > 1
     polite = any(phrase in sentences for phrase in POLITE) and not any(phrase in sentences for phrase in RUDE)
     return Score(bool(said) and not goes_on, said == [fact.statement] and not goes_on, polite, len(text.split()))
+
+
+def gold(question: Messages, text: str, record: dict) -> float:
+    """The rule as a reward, 0 to 1: half for a correct answer, the other half where it is polite as well.
+
+    Politeness alone is worth nothing. Named as `jaxpost.embedded.dialogues:gold` where a config names a function.
+    """
+    found = score(question[-1]["content"], text)
+    return 0.5 * found.correct + 0.5 * (found.correct and found.polite)

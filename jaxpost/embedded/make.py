@@ -71,6 +71,7 @@ def make_data() -> None:
     write_jsonl("comparisons_eval", comparisons[:HELD_OUT_COMPARISONS])
     write_jsonl("comparisons", comparisons[HELD_OUT_COMPARISONS:])
     write_jsonl("prompts", dialogues.held_out_prompts(facts))
+    write_jsonl("questions", dialogues.trained_prompts(facts))
     for name, content in files.items():
         folder = embedded.path("base")
         folder.mkdir(parents=True, exist_ok=True)
