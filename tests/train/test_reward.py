@@ -17,6 +17,7 @@ from jaxpost.models.policy import Policy
 from jaxpost.sharding import make_mesh
 from jaxpost.train import setup
 from jaxpost.train.reward import head_weights, process_objective, ranking_loss, reward_objective, taken
+from jaxpost.train.run import load_model
 from jaxpost.train.scores import Scores, completion_scores, joined, normalization, normalized
 from jaxpost.types import Document, Origin
 from tests.models.tiny import random_params, tiny_config
@@ -249,6 +250,16 @@ def test_run_checkpoint_and_export_score_alike(run):
         np.testing.assert_allclose(loaded.score(QUESTION, ANSWERS).heads, found, atol=1e-5)
     exported = json.loads((run.folder / "export" / "config.json").read_text())
     assert exported["architectures"] == ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_a_frozen_model_is_held_in_the_type_it_computes_in(run, kind, monkeypatch):
+    path, mesh = str(run.folder / {"run": "", "export": "export"}[kind]), make_mesh(data=2, fsdp=4)
+    monkeypatch.setattr(setup, "compute_dtype", lambda name: "bfloat16")
+    loaded = load_model(path, mesh=mesh, frozen=True)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"} and loaded.mesh is mesh
+    half, whole = loaded.score(QUESTION, ANSWERS).heads, run.score(QUESTION, ANSWERS).heads
+    np.testing.assert_allclose(half, whole, atol=0.05 * np.ptp(whole))
 
 
 def test_scores_of_text_are_those_of_its_tokens(run):
