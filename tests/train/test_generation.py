@@ -190,6 +190,11 @@ def test_the_verb_draws_in_this_process_and_goes_on(model, reward, prompts, tmp_
     ]
     for line, kept in zip(every, best, strict=True):
         assert kept["completions"] == [max(line["completions"], key=lambda found: found["score"])]
+    by_length = [json.loads(line) for line in made("long.jsonl", "--reward=tests.tasks.rewards:length").splitlines()]
+    for line in by_length:
+        assert [found["score"] for found in line["completions"]] == [
+            len(found["text"]) for found in line["completions"]
+        ]
 
 
 def test_the_verb_draws_from_a_server_and_goes_on(model, prompts, tmp_path, capsys, monkeypatch):
