@@ -105,10 +105,11 @@ class Checkpointer:
         found = self._first_readable(lambda s: self._read(s, wanted), step)
         return TrainState(**{part: _unflat(found[part], tree) for part, tree in wanted.items()}), found["extra"]
 
-    def restore_params(self, abstract_params, step: int | None = None):
-        """The parameters alone, as `restore` would give them."""
+    def restore_params(self, abstract_params, step: int | None = None, *, partly: bool = False):
+        """The parameters alone, as `restore` would give them. partly: the checkpoint may hold more; it is not read."""
         wanted = {"params": abstract_params}
-        return _unflat(self._first_readable(lambda s: self._read(s, wanted), step)["params"], abstract_params)
+        found = self._first_readable(lambda s: self._read(s, wanted, partly), step)
+        return _unflat(found["params"], abstract_params)
 
     def config(self, step: int | None = None) -> dict:
         """The resolved configuration that was saved with `step`, by default the newest readable one."""
@@ -152,14 +153,15 @@ class Checkpointer:
             return found
         raise CheckpointError(f"{self.directory}: step {steps[0]} is damaged ({reason}), and none is left that is not")
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        """{part: {path: array}} of the wanted {part: abstract tree}, and `extra`."""
+    def _read(self, step: int, wanted: dict[str, Any], partly: bool = False) -> dict[str, Any]:
+        """{part: {path: array}} of the wanted {part: abstract tree}, and `extra`. partly: see `restore_params`."""
         manifest = self._read_json(step, "manifest")
         flat = {part: _flat(tree) for part, tree in wanted.items()}
         for part, leaves in flat.items():
-            _check_same(f"{self.directory / str(step)}: {part}", manifest["leaves"][part], leaves)
+            stored = {n: x for n, x in manifest["leaves"][part].items() if not partly or n in leaves}
+            _check_same(f"{self.directory / str(step)}: {part}", stored, leaves)
         targets = {part: jax.tree.map(_target, leaves) for part, leaves in flat.items() if leaves}
-        items = {part: ocp.args.StandardRestore(leaves) for part, leaves in targets.items()}
+        items = {part: _restore_args(leaves, partly) for part, leaves in targets.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **items))
         arrays = {part: found[part] if part in items else {} for part in wanted}
         for part, leaves in arrays.items():
@@ -266,6 +268,11 @@ def _checksums(leaves: dict[str, Any]) -> dict[str, int]:
     return {name: int(x) for name, x in jax.device_get({n: _checksum(_raw(x)) for n, x in leaves.items()}).items()}
 
 
+def checksum(tree) -> int:
+    """Sum of the bits of all leaves as integers, modulo 2**32."""
+    return sum(_checksums(_flat(tree)).values()) % 2**32
+
+
 @jax.jit
 def _checksum(x):
     if x.dtype != jnp.bool_:
@@ -285,6 +292,13 @@ def _target(like) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
+
+
+def _restore_args(targets: dict[str, jax.ShapeDtypeStruct], partly: bool):
+    if not partly:
+        return ocp.args.StandardRestore(targets)
+    each = {name: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for name, x in targets.items()}
+    return ocp.args.PyTreeRestore(targets, restore_args=each, partial_restore=True)
 
 
 def _unflat(leaves: dict[str, jax.Array], like):
