@@ -19,15 +19,22 @@ from jaxpost.keys import (
     DEFAULT_LOSS,
     KEYS_OF_PAIRS,
     STAGES_OF_PAIRS,
+    STAGES_THAT_SAMPLE,
     STAGES_WITH_REFERENCE,
     STAGES_WITH_SCORES,
     Config,
+    KlConfig,
     LoraConfig,
     LossConfig,
+    PpoConfig,
     QualityConfig,
     ReferenceConfig,
     RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ScoreConfig,
     TeacherConfig,
+    ValueConfig,
 )
 from jaxpost.schema import Scalar, to_dict
 
@@ -135,7 +142,10 @@ def _fill(config: Config) -> Config:
         loss = dataclasses.replace(loss, name=(DEFAULT_LOSS[config.stage],))
     if data.eval is None and {path for path, _ in data.train} == {"embedded"}:
         data = dataclasses.replace(data, eval=(("embedded", 1.0),))
-    return dataclasses.replace(config, loss=loss, data=data)
+    reference = config.reference
+    if config.stage in STAGES_THAT_SAMPLE and reference.mode == "cached":
+        reference = dataclasses.replace(reference, mode="live")  # of tokens that are only drawn in the step
+    return dataclasses.replace(config, loss=loss, data=data, reference=reference)
 
 
 def _contradictions(c: Config):
@@ -183,6 +193,7 @@ def _contradictions(c: Config):
         yield "data.tokenize", f"'lazy' contradicts {reason}; set 'auto' or 'ahead'"
     yield from _reference_contradictions(c.reference)
     yield from _teacher_contradictions(c)
+    yield from _rollout_contradictions(c)
 
 
 def _reference_contradictions(reference: ReferenceConfig):
@@ -218,6 +229,49 @@ def _teacher_contradictions(c: Config):
         yield "teacher.path", "missing; give a teacher, or teacher.outputs that `jaxpost teach` wrote"
     if c.model.adapter is not None:
         yield "model.adapter", "somebody else's model cannot be distilled; use a family that loads"
+
+
+def _rollout_contradictions(c: Config):
+    """The part of `_contradictions` about stages that sample."""
+    sections = {"sampling": SamplingConfig, "rollout": RolloutConfig, "score": ScoreConfig, "kl": KlConfig}
+    sections |= {"value": ValueConfig, "ppo": PpoConfig}
+    if c.stage not in STAGES_THAT_SAMPLE:
+        for section, kind in sections.items():
+            if changed := differences(getattr(c, section), kind()):
+                yield (
+                    f"{section}.{next(iter(changed))}",
+                    f"the stage {c.stage} learns from data, not from what it draws",
+                )
+        for name in ("halt_when", "warn_when"):
+            if getattr(c, name):
+                yield name, f"only stages that sample are watched, and {c.stage} does not"
+        return
+    if c.score.reward is None:
+        yield "score.reward", "missing; give a reward model, or a function pkg.mod:fn"
+    if c.run.steps is None:
+        yield "run.steps", "missing; a stage that samples counts steps, not epochs"
+    if c.model.adapter is not None:
+        yield "model.adapter", "somebody else's model only trains; nothing can be drawn from it"
+    if c.batch.accumulate != 1:
+        yield "batch.accumulate", f"{c.batch.accumulate}, but as many microbatches of batch.rows_per_step as needed are"
+    if c.reference.mode == "moving":
+        yield "reference.mode", "'moving' is of the stages that learn from pairs; set 'live'"
+    s, row = c.sampling, c.rollout.max_prompt_tokens + c.sampling.max_new_tokens
+    if s.min_new_tokens > s.max_new_tokens:
+        yield "sampling.min_new_tokens", f"{s.min_new_tokens} is more than sampling.max_new_tokens={s.max_new_tokens}"
+    if row > c.batch.tokens_per_row:
+        both = f"rollout.max_prompt_tokens + sampling.max_new_tokens = {row}"
+        yield "batch.tokens_per_row", f"{c.batch.tokens_per_row} is less than {both}"
+    if s.engine == "local" and s.url is not None:
+        yield "sampling.url", "only sampling.engine='http' asks a server; set it, or None"
+    for name in ("url", "reload") if s.engine == "http" else ():
+        if getattr(s, name) is None:
+            yield f"sampling.{name}", "missing; sampling.engine='http' needs it (docs/servers.md)"
+    if c.value.model == "head" and c.value.path is not None:
+        yield "value.path", "a head on the policy has no weights of its own to begin from; set None"
+    for name in ("target", "gain"):
+        if c.kl.controller == "fixed" and getattr(c.kl, name) != getattr(KlConfig, name):
+            yield f"kl.{name}", "only kl.controller='adaptive' has one"
 
 
 def _lora_contradictions(c: Config):

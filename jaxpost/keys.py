@@ -170,6 +170,100 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Of the stages that sample: by what and how completions are drawn."""
+
+    engine: Literal["local", "http"] = key("in this process, or a server (vLLM, SGLang)", "local")
+    temperature: float = key("divides the logits, in sampling and in training", 1.0, above=0)
+    top_k: int | None = key("draw from the k likeliest tokens; None = all", None, low=1)
+    top_p: float = key("draw from the likeliest tokens that sum to p", 1.0, above=0, high=1)
+    min_p: float = key("draw from tokens at least p times as likely as the likeliest", 0.0, low=0, high=1)
+    repetition_penalty: float = key("of tokens of prompt and completion; 1 = none", 1.0, above=0)
+    max_new_tokens: int = key("most tokens of a completion", 128, low=1)
+    min_new_tokens: int = key("tokens before a completion may end", 0, low=0)
+    stop: tuple[str, ...] = key("strings that end a completion, besides the tokenizer's stop tokens", ())
+    slots: int = key("local: completions that decode at once", 32, low=1)
+    block_steps: int = key("local: most tokens drawn between two looks of the host", 32, low=1)
+    prefill_rows: int = key("local: prompts read at once", 4, low=1)
+    prefill_tokens: int = key("local: tokens of each read in one piece", 128, low=1)
+    kv_cache: Literal["compute", "int8"] = key("local: keys and values in the type of products, or in int8", "compute")
+    url: str | None = key("http: of the server, as http://localhost:8000", None)
+    served_model: str | None = key("http: the model's name there; None = the first that it lists", None)
+    api_key_env: str | None = key("http: environment variable that holds the server's key", None)
+    reload: str | None = key("http: URL, command or pkg.mod:fn that has the server read an exported folder", None)
+    concurrency: int = key("http: requests under way at once", 64, low=1)
+    timeout_s: float = key("http: seconds to wait for a reply", 600.0, above=0)
+    retries: int = key("http: of a request that fails", 5, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    prompts_per_step: int = key("prompts of one step", 32, low=1)
+    completions_per_prompt: int = key("completions drawn for each", 4, low=1)
+    max_prompt_tokens: int = key("longest prompt; data.on_long says what becomes of longer ones", 128, low=1)
+    staleness: int = key("1: the next step's completions are drawn while this one's update runs", 0, low=0, high=1)
+    importance_high: float = key("staleness, filters: largest weight of a token that another policy drew", 2.0, above=0)
+    keep: int = key("newest steps whose completions stay in RUN_DIR/rollouts; what a resume needs stays too", 20, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Of the stages that sample: what a completion is worth."""
+
+    reward: str | None = key("reward model (run or model folder), or function pkg.mod:fn(prompt, text, record)", None)
+    combine: Literal["mean", "min"] = key("scores of a reward model's several heads as one", "mean")
+    gold: str | None = key("as score.reward, never trained on: logged beside it", None)
+    workers: int = key("processes in which functions run", 2, low=1)
+    timeout_s: float = key("seconds that a function may take for a completion", 30.0, above=0)
+    on_failure: Literal["skip", "stop"] = key(
+        "a completion whose score fails counts for nothing, or ends the run", "skip"
+    )
+    normalize: bool = key("divide scores by their running standard deviation, less their mean", False)
+    clip: float | None = key("largest score, either sign, after that; None = off", None, above=0)
+    missing_eos_penalty: float = key("taken off a completion that did not end by itself", 0.0, low=0)
+    missing_eos_score: float | None = key("the score of such a completion instead (EOS trick); None = its own", None)
+    length_penalty: float = key("taken off for each token beyond score.free_tokens", 0.0, low=0)
+    free_tokens: int = key("tokens without a score.length_penalty", 0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class KlConfig:
+    """Of the stages that sample: the pull to the reference."""
+
+    coef: float = key("of the KL from the reference, per nat", 0.05, low=0)
+    where: Literal["reward", "loss"] = key("taken off each token's reward, or a term of the loss", "reward")
+    estimator: Literal["k1", "k2", "k3"] = key("of the KL, from the tokens drawn (losses.kl)", "k1")
+    controller: Literal["fixed", "adaptive"] = key("kl.coef stays, or moves until the KL is kl.target", "fixed")
+    target: float = key("adaptive: nats of a completion", 6.0, above=0)
+    gain: float = key("adaptive: share by which the coefficient may move, over 0.2, a step", 0.1, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueConfig:
+    model: Literal["own", "head"] = key("a model of its own, or a scalar head on the policy's", "own")
+    path: str | None = key(
+        "own: what it begins from, named as model.path; None = the reward model, else the policy", None
+    )
+    coef: float = key("of its loss", 0.1, above=0)
+    clip_range: float | None = key("a value may move so far in an update; None = any way", 0.2, above=0)
+    learning_rate_scale: float = key("its learning rate over optimizer.learning_rate", 1.0, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig:
+    epochs: int = key("passes over a step's completions", 4, low=1)
+    minibatches: int = key("optimizer steps of a pass", 4, low=1)
+    gamma: float = key("discount of a later reward, per token", 1.0, above=0, high=1)
+    lam: float = key("lambda of generalised advantage estimation", 0.95, low=0, high=1)
+    whiten_advantages: bool = key("to mean 0 and spread 1 over the step's tokens", True)
+    whiten_rewards: bool = key("tokens' rewards to spread 1 about their mean", False)
+    entropy_coef: float = key("of a bonus for entropy, per nat", 0.0, low=0)
+    target_kl: float | None = key(
+        "nats a token from the policy that drew, at which an update stops; None = off", None, above=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "adafactor", "lion", "muon"] = key("muon: on matrices, adamw on the rest", "adamw")
     learning_rate: float = key("peak, per step", 1e-4, above=0)
@@ -242,7 +336,7 @@ class RematConfig:
 class Config:
     """A resolved configuration. Made by `resolve`, never by hand."""
 
-    stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward", "distill"] = key("the method")
+    stage: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "reward", "distill", "ppo"] = key("the method")
     model: ModelConfig
     lora: LoraConfig
     tokenizer: TokenizerConfig
@@ -251,20 +345,30 @@ class Config:
     reference: ReferenceConfig
     reward: RewardConfig
     teacher: TeacherConfig
+    sampling: SamplingConfig
+    rollout: RolloutConfig
+    score: ScoreConfig
+    kl: KlConfig
+    value: ValueConfig
+    ppo: PpoConfig
     optimizer: OptimizerConfig
     batch: BatchConfig
     mesh: MeshConfig
     run: RunConfig
     precision: PrecisionConfig
     remat: RematConfig
+    halt_when: tuple[str, ...] = key("rules over what is logged that end a run, as 'kl > 20' (train/watch.py)", ())
+    warn_when: tuple[str, ...] = key("such rules that warn", ())
 
 
 DEFAULT_LOSS = {
     **{"sft": "nll", "dpo": "sigmoid", "orpo": "orpo", "simpo": "simpo", "cpo": "cpo", "kto": "kto"},
     "reward": "bradley_terry",
     "distill": "forward_kl",
+    "ppo": "ppo",
 }
-STAGES_WITH_REFERENCE = ("dpo", "kto")
+STAGES_WITH_REFERENCE = ("dpo", "kto", "ppo")
+STAGES_THAT_SAMPLE = ("ppo",)  # and learn from what they drew
 STAGES_WITH_SCORES = ("reward",)  # that train scalar heads, not words
 STAGES_OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")
 KEYS_OF_PAIRS = ("weights", "divergence", "divergence_alpha", "ld_alpha", "wpo")  # of loss.*

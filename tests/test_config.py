@@ -140,7 +140,7 @@ WRONG = [
     ("mesh__fsdp", 0, "mesh.fsdp: 0 is out of range; expected at least 1, or -1 for the rest"),
     ("optimizer__name", "adam", "optimizer.name: expected one of adamw, adafactor, lion, muon, got 'adam'"),
     ("run__log_to", ["tensorbord"], "run.log_to: expected one of tensorboard, wandb, got 'tensorbord'"),
-    ("stage", "ppp", "stage: expected one of sft, dpo, orpo, simpo, cpo, kto, reward, distill, got 'ppp'"),
+    ("stage", "ppp", "stage: expected one of sft, dpo, orpo, simpo, cpo, kto, reward, distill, ppo, got 'ppp'"),
 ]
 
 

@@ -45,7 +45,7 @@ def console() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one verb; returns the exit code."""
+    """Runs one verb; returns the exit code: 0, 2 for a UserError, or what the verb says."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: jaxpost VERB --help\n")
         for verb, summary in VERBS.items():
@@ -55,11 +55,10 @@ def main(arguments: list[str]) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"{verb}: unknown verb; there are {', '.join(VERBS)}")
-        importlib.import_module(f"jaxpost.cli.{verb}").run(rest)
+        return importlib.import_module(f"jaxpost.cli.{verb}").run(rest) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def read_config(verb: str, arguments: list[str]) -> config.Config:

@@ -2,9 +2,11 @@
 
 from jaxpost import cli
 
+HALTED = 3  # exit code of a run that a rule of halt_when ended
 
-def run(arguments: list[str]) -> None:
+
+def run(arguments: list[str]) -> int:
     config = cli.read_config("train", arguments)
     from jaxpost import api  # after the config is found good: this loads jax
 
-    api.run(config)
+    return HALTED if api.run(config).halted else 0

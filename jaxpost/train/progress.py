@@ -43,13 +43,13 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """`step` updates are done; the loss of the last one, and its tokens (without padding) per second."""
+    def update(self, step: int, value: float, tokens_per_second: float, name: str = "loss") -> None:
+        """`step` steps are done; a value of the last one, by its name, and its tokens (without padding) per second."""
         if not self._active:
             return
         old = self._speed
         self._speed = tokens_per_second if old is None else SMOOTHING * old + (1 - SMOOTHING) * tokens_per_second
-        note = f"loss {loss:.4f}  {self._speed:,.0f} tokens/s"
+        note = f"{name} {value:.4f}  {self._speed:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
         elif time.monotonic() >= self._next_line or step == self._total:

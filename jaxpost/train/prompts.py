@@ -35,14 +35,15 @@ class Asked:
 class Prompts:
     """A sequence of the prompts of a split, each as often as the weight of its file says."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, documents=None):
         self.dataset = dataset  # with report, files, removed
+        self._documents = dataset.documents if documents is None else documents
 
     def __len__(self) -> int:
-        return len(self.dataset.documents)
+        return len(self._documents)
 
     def __getitem__(self, index: int) -> Asked:
-        document = self.dataset.documents[index]
+        document = self._documents[index]
         record, _ = self.dataset.record(document.example_id)
         return Asked(record, self.dataset.example(document.example_id), document.prompt)
 
@@ -57,14 +58,23 @@ class Prompts:
         orders = {epoch: random_order(len(self), seed, epoch) for epoch in range(epochs[0], epochs[-1] + 1)}
         return np.array([orders[epoch][place] for epoch, place in zip(epochs, within, strict=True)])
 
+    def hold_out(self, count: int, seed: int) -> "tuple[Prompts, Prompts]":
+        """(those that stay, `count` of them drawn by the seed)."""
+        return tuple(Prompts(self.dataset, part) for part in self._documents.hold_out(count, seed))
 
-def open_prompts(config, model: Model, split: str, longest: int) -> Prompts:
-    """The prompts of data.train or data.eval (split "train", "eval"), in any format that asks something.
 
-    longest: most tokens of a prompt; data.on_long says whether a longer one is dropped, which is counted and told, or
-    loses its beginning. Of "train", data.quality leaves out what it names. Raises DataError, which names file and line.
+def open_prompts(config, model: Model) -> tuple[Prompts, Prompts | None]:
+    """(prompts to train on, to evaluate on), in any format that asks something.
+
+    Without data.eval, `data.eval_examples` of data.train are held out. Of prompts longer than rollout.max_prompt_tokens
+    data.on_long says whether they are dropped, which is counted and told, or lose their beginning. data.quality leaves
+    out of data.train what it names. Raises DataError, which names file and line.
     """
-    return Prompts(setup.open_prompts(config, model, split, longest))
+    longest = config.rollout.max_prompt_tokens
+    train = Prompts(setup.open_prompts(config, model, "train", longest))
+    if config.data.eval is not None:
+        return train, Prompts(setup.open_prompts(config, model, "eval", longest))
+    return train.hold_out(config.data.eval_examples, config.run.seed) if config.data.eval_examples else (train, None)
 
 
 def read_prompts(source: Source, model: Model, settings: Sampling) -> list[Asked]:

@@ -13,6 +13,7 @@ from etils import epath
 
 from jaxpost import config as configs
 from jaxpost.errors import ConfigError
+from jaxpost.keys import STAGES_THAT_SAMPLE
 from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
 from jaxpost.sampling.engine import Sampling, sample, visible_text
@@ -144,6 +145,7 @@ class Run(LoadedModel):
     rows: list[dict]  # of metrics.jsonl
     finished: bool  # False: stopped by SIGTERM and saved, to be resumed
     evaluate: Callable[[], dict[str, float]]  # metrics of these weights on the evaluation data
+    halted: str | None = None  # the rule of halt_when that ended it, and the last checkpoint from before
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -180,7 +182,10 @@ def _load_run(folder, *, weights: bool, mesh, frozen: bool) -> LoadedModel:
     mesh = mesh or _mesh_of(config)
     model = open_model(config, mesh)
     with Checkpointer(epath.Path(folder) / "checkpoints", read_only=True) as checkpoints:
-        params = checkpoints.restore_params(model.sharded)
+        if config.stage in STAGES_THAT_SAMPLE:  # there a value model trains beside the policy
+            params = checkpoints.restore_params({"policy": model.sharded}, partly=True)["policy"]
+        else:
+            params = checkpoints.restore_params(model.sharded)
         extra = checkpoints.extra(checkpoints.restored)
     if frozen:
         model = reference_weights(config, model)
