@@ -186,7 +186,8 @@ def fresh_scores(model: ModelConfig, std: float | None, seed: int) -> jax.Array:
     std: 1 is what Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), detail 11,
       found in the first RLHF code: scores of about 1. None is 0 for one head: all scores are equal, and a first loss
       of ln 2 says that every score is read where it should be. It is 1 for several, which must differ where no
-      example reaches.
+      example reaches. Larger ones, in models trained apart, are random priors: what was drawn is unlearnt where there
+      is data and stays elsewhere (Osband et al. 2018, arXiv:1806.03335; docs/claims/ensemble.md).
     """
     std = float(model.num_scores > 1) if std is None else std
     key = jax.random.key(seed)

@@ -15,10 +15,11 @@ CLAIMS = {
     "adapters": adapters.adapters,
     "real": preference.real_input,
     "reward": reward.embedded_pairs,
+    "ensemble": reward.ensemble,
     "rankings": reward.embedded_rankings,
     "reward_real": reward.dialogues,
 }
-NEED_SHARED = ("demo", "real", "reward", "reward_real")
+NEED_SHARED = ("demo", "real", "reward", "ensemble", "reward_real")
 
 
 def write(name: str, rows: list[tuple]) -> bool:
