@@ -9,34 +9,19 @@ a second are over all timed steps. What the columns mean, and what was learnt: d
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 
 import workload
+from runs import SHARED, TOKENIZER, Run, markdown, measure
 
-HERE = pathlib.Path(__file__).resolve().parent
-SHARED = HERE.parents[1] / "shared" / "data"
 PAIRS = SHARED / "hh_rlhf" / "pairs.jsonl.gz"
-TOKENIZER = SHARED / "tokenizers" / "mistral" / "tokenizer.model.v1"  # 32,000 pieces, the vocabulary of the shape
 TARGETS = {  # workload -> (peer, quantity, bound): what jaxpost is held to against the best run of that peer
     "sft": [("tunix", "time", 0.8)],
     "dpo_hh": [("trl", "rate", 3.0), ("tunix", "rate", 2.0)],
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One process: who, and with which options of its script."""
-
-    peer: str  # jaxpost, tunix or trl: the environment and peers/PEER_step.py
-    label: str
-    options: tuple[str, ...] = ()
 
 
 RUNS = {
@@ -76,7 +61,8 @@ def main() -> None:
     for name in options.workloads:
         work = make_workload(name, options)
         if work is not None:
-            results[name] = measure(name, work, options)
+            runs = [run for run in RUNS[name] if run.peer in options.peers]
+            results[name] = measure("step", work, runs, options.envs)
             print(table(name, results[name]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
@@ -93,48 +79,23 @@ def make_workload(name: str, options) -> dict | None:
     return workload.dpo_hh(*steps, options.pairs, options.tokenizer)
 
 
-def measure(name: str, work: dict, options) -> list[dict]:
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, f"{name}.json")
-        path.write_text(json.dumps(work))
-        for run in RUNS[name]:
-            if run.peer in options.peers:
-                rows.append({"peer": run.peer, "label": run.label, **execute(run, path, options.envs)})
-    return rows
-
-
-def execute(run: Run, path: pathlib.Path, envs: pathlib.Path) -> dict:
-    """What the peer's script printed as its last line, or {"error": why not}."""
-    python = pathlib.Path(sys.executable) if run.peer == "jaxpost" else envs / run.peer / "bin" / "python"
-    if not python.exists():
-        return {"error": f"no {python}: run bench/setup.sh {envs}"}
-    command = [str(python), str(HERE / "peers" / f"{run.peer}_step.py"), f"--workload={path}", *run.options]
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")] if run.peer == "jaxpost" else []
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def table(name: str, rows: list[dict]) -> str:
     """A Markdown table; ratios are to the first row that was measured, which is jaxpost's."""
     unit = "rows" if name == "sft" else "pairs"
     head = ["", "s/step", f"{unit}/s", "ratio", f"{unit}/s, first epoch", "first loss", "peak RSS", "ratio"]
-    lines = [f"\n{name}", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     base = next((row for row in rows if "error" not in row), None)
     for row in rows:
         title = f"{row.get('peer', '')} {row['label']}".strip()
         if "error" in row:
-            lines.append(f"| {title} | {row['error']} |" + " |" * (len(head) - 2))
+            lines.append([title, row["error"]])
             continue
         rate, rss = row["examples_per_second"], row["peak_rss_mb"]
         ratios = f"{rate / base['examples_per_second']:.2f}", f"{rss / base['peak_rss_mb']:.2f}"
         cells = [f"{row['seconds_per_step']:.3f}", f"{rate:.2f}", ratios[0], f"{first_epoch(row):.2f}"]
         cells += [f"{row['first_loss']:.4f}", f"{rss:.0f} MB", ratios[1]]
-        lines.append("| " + " | ".join([title, *cells]) + " |")
-    return "\n".join([*lines, *verdicts(name, rows)])
+        lines.append([title, *cells])
+    return "\n".join([markdown(name, head, lines), *verdicts(name, rows)])
 
 
 def first_epoch(row: dict) -> float:

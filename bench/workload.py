@@ -1,9 +1,11 @@
-"""The work that every peer is given: model shape and token ids, written to one JSON file a workload.
+"""The work that every peer is given: model shape, token ids and lengths, written to one JSON file a workload.
 
 sft      4 rows of 256 random tokens a step, every token trained
 dpo      4 pairs a step, prompt 130 and completions 126 tokens (256 together), reference model every step
 dpo_hh   8 pairs a step with the lengths of real dialogues (hh-rlhf): a prompt's last 256 tokens, a
          completion's first 256; the end of a completion that was not cut is EOS
+equal    completions of one length for random prompts of one length
+gsm8k    completions with the lengths of answers of GSM8K, for its questions
 """
 
 import gzip
@@ -90,6 +92,30 @@ def dpo_hh(
         raise SystemExit(f"{data} has {len(examples)} usable pairs, {needed} are needed: lower --steps")
     limits = {"batch": pairs, "max_prompt": max_prompt, "max_completion": max_completion}
     return _workload("dpo", warmup, steps, **limits, examples=examples[:needed])
+
+
+def equal(prompts: int, completions: int, seed: int, prompt: int = 64, completion: int = 128) -> dict:
+    """`completions` of each prompt."""
+    rng = random.Random(seed)
+    ids = [_random_ids(rng, prompt) for _ in range(prompts)]
+    return _decoding(ids, [[completion] * completions for _ in ids])
+
+
+def gsm8k(prompts: int, completions: int, seed: int, data: pathlib.Path, tokenizer: pathlib.Path) -> dict:
+    """A seeded sample of questions; each completion is as long as an answer (with EOS) drawn from all there are."""
+    import sentencepiece
+
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode
+    with open(data, encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    rng = random.Random(seed)
+    ids = [[MODEL["bos_token_id"], *encode(record["question"])] for record in rng.sample(records, prompts)]
+    lengths = [len(encode(record["answer"])) + 1 for record in records]
+    return _decoding(ids, [[rng.choice(lengths) for _ in range(completions)] for _ in ids])
+
+
+def _decoding(prompts: list[list[int]], lengths: list[list[int]]) -> dict:
+    return {"kind": "decode", "model": MODEL, "prompts": prompts, "completions": len(lengths[0]), "lengths": lengths}
 
 
 def split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:

@@ -40,6 +40,7 @@ class Slots:
     token: Array  # int32, the newest: not in the cache yet
     position: Array  # int32, of the next token to be read; -1 where the slot is free
     drawn: Array  # int32, tokens drawn
+    most: Array  # int32, tokens to be drawn at most
     node: Array  # int32, of the trie of choices
     seen: Array | None  # bool[C, V], tokens of prompt and completion, where there is a repetition penalty
 
@@ -48,7 +49,6 @@ class Slots:
 class Filters:
     """`Sampling` on the device; None where it is off, so that a program computes only what is asked for."""
 
-    most: Array  # int32[]
     stops: Array  # int32[n]
     temperature: Array | None
     penalty: Array | None
@@ -94,14 +94,19 @@ class LocalEngine:
         settings: Sampling,
         completions: int = 1,
         indices: Sequence[int] | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """See `Engine.stream`. Prompts are taken longest first."""
+        """See `Engine.stream`. Prompts are taken longest first.
+
+        limits: most new tokens of completion g of prompts[n], as [n][g], none above settings.max_new_tokens.
+        """
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         longest = max(map(len, prompts), default=1) + settings.max_new_tokens
         context = self.context or min(roomy(longest), self.policy.config.max_positions)
         check_prompts(prompts, settings, context, indices)
         numbers = range(len(prompts)) if indices is None else indices
-        session = _Session(self, params, prompts, key, settings, completions, numbers, context)
+        limits = _limits(limits, (len(prompts), completions), settings.max_new_tokens)
+        session = _Session(self, params, prompts, key, settings, completions, numbers, limits, context)
         while session.waiting or session.read or session.running:
             with self.on_mesh():
                 session.fill()
@@ -124,12 +129,20 @@ def roomy(length: int) -> int:
     return max(SHORTEST, -(-length // step) * step)
 
 
+def _limits(given, shape, most: int) -> np.ndarray:
+    """int32 of `shape`: new tokens of each completion at most."""
+    limits = np.full(shape, most, np.int32) if given is None else np.asarray(given, np.int32)
+    if limits.shape != shape or (limits.size and not 1 <= limits.min() <= limits.max() <= most):
+        raise ConfigError(f"limits: expected {shape[0]} x {shape[1]} (prompts, completions) of 1 to {most} new tokens")
+    return limits
+
+
 class _Session:
     """One call of `stream`."""
 
-    def __init__(self, engine: LocalEngine, params, prompts, key, settings, completions, indices, context):
+    def __init__(self, engine: LocalEngine, params, prompts, key, settings, completions, indices, limits, context):
         self.engine, self.policy, self.prompts, self.settings = engine, engine.policy, prompts, settings
-        self.completions, self.indices, self.context, self.key = completions, indices, context, key
+        self.completions, self.indices, self.limits, self.context, self.key = completions, indices, limits, context, key
         self.chunk = min(engine.prefill_tokens, context)
         self.size = engine.rounded(engine.slots)
         self.waiting = collections.deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n])))
@@ -184,7 +197,8 @@ class _Session:
                 seen[i, prompt] = True
         index = np.array([self.indices[i] for i in n], np.uint32)
         ids = (index, g.astype(np.uint32))
-        self.slots = _admit(self.slots, self.prefilled, self.key, ids, row, slot, token, position, seen)
+        most = self.limits[n, g]
+        self.slots = _admit(self.slots, self.prefilled, self.key, ids, row, slot, token, position, most, seen)
         self.running |= {slot: _Drawn(n, g) for n, g, _, slot in batch}
 
     def step(self):
@@ -250,7 +264,6 @@ def make_filters(settings: Sampling, vocab_size: int) -> Filters:
     on = lambda value, off, kind=np.float32: None if value == off else kind(value)  # noqa: E731
     hot = settings.temperature > 0  # of what is greedy only the likeliest is left
     return Filters(
-        most=np.int32(settings.max_new_tokens),
         stops=np.array(sorted(set(settings.stop_ids)), np.int32),
         temperature=on(settings.temperature, 0),
         penalty=on(settings.repetition_penalty, 1),
@@ -307,7 +320,7 @@ def _new_slots(policy, rows, length, chunk, quantized, penalised):
     cache = policy.new_cache(rows, length, chunk=chunk, quantized=quantized)
     none, zero = jnp.full(rows, -1, jnp.int32), jnp.zeros(rows, jnp.int32)
     seen = jnp.zeros((rows, policy.config.vocab_size), bool) if penalised else None
-    return Slots(cache, jax.random.split(jax.random.key(0), rows), zero, none, zero, zero, seen)
+    return Slots(cache, jax.random.split(jax.random.key(0), rows), zero, none, zero, zero, zero, seen)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -326,7 +339,7 @@ def _prefill(policy, params, tokens, positions, cache):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _admit(slots, prefilled, key, ids, row, slot, token, position, seen):
+def _admit(slots, prefilled, key, ids, row, slot, token, position, most, seen):
     """Puts completions [ADMITTED] into `slot`, out of bounds for none, with what is read of their prompts in `row`."""
     put = lambda old, new: old.at[slot].set(new.astype(old.dtype), mode="drop")  # noqa: E731
     keys = jax.vmap(lambda index, number: jax.random.fold_in(jax.random.fold_in(key, index), number))(*ids)
@@ -339,6 +352,7 @@ def _admit(slots, prefilled, key, ids, row, slot, token, position, seen):
         token=put(slots.token, token),
         position=put(slots.position, position),
         drawn=put(slots.drawn, zero),
+        most=put(slots.most, most),
         node=put(slots.node, zero),
         seen=None if seen is None else put(slots.seen, seen),
     )
@@ -375,12 +389,12 @@ def _block(policy, steps, params, filters, enough, slots):
         if filters.trie is not None:
             node, last = follow(filters.trie, node, token)
             stopped |= last
-        end = jnp.where(active, jnp.where(stopped, 1, jnp.where(drawn >= filters.most, 2, 0)), 0).astype(jnp.int8)
+        end = jnp.where(active, jnp.where(stopped, 1, jnp.where(drawn >= slots.most, 2, 0)), 0).astype(jnp.int8)
         found = (end, token, logp, drawn_logp)
         values = tuple(jax.lax.dynamic_update_index_in_dim(v, x, n, 0) for v, x in zip(values, found, strict=True))
         seen = None if slots.seen is None else slots.seen.at[jnp.arange(C), token].set(True)
         position = jnp.where(active & (end == 0), slots.position + 1, -1)
-        slots = Slots(cache, slots.keys, token, position, drawn, node, seen)
+        slots = Slots(cache, slots.keys, token, position, drawn, slots.most, node, seen)
         return n + 1, slots, ended + (end > 0).sum(dtype=jnp.int32), values
 
     n, slots, _, values = jax.lax.while_loop(go_on, step, (jnp.int32(0), slots, jnp.int32(0), values))

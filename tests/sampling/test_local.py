@@ -1,6 +1,7 @@
 """The engine against a loop without cache, and what it promises of draws."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -58,10 +59,13 @@ def drawn(policy, params):
 
 def recomputed(policy, params, prompt, completion, temperature):
     """Log-probabilities of a completion from the pass that trains."""
-    row = linear_rows([np.concatenate([prompt, completion.tokens])], 24)
-    hidden, _ = jax.jit(policy.hidden)(params, row)
-    stats = row_logps(hidden, policy.head(params), row, temperature=temperature)
-    return stats.logps[0, len(prompt) : len(prompt) + len(completion.tokens)]
+    row = linear_rows([np.concatenate([prompt, completion.tokens])], SHAPE["context"])
+    return row_stats(policy, params, row, temperature)[0, len(prompt) : len(prompt) + len(completion.tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def row_stats(policy, params, row, temperature):
+    return row_logps(policy.hidden(params, row)[0], policy.head(params), row, temperature=temperature).logps
 
 
 def same(a, b):
@@ -75,12 +79,12 @@ def same(a, b):
 def test_greedy_equals_a_loop_without_cache(name, unroll):
     policy = Policy(CONFIGS[name], unroll=unroll)
     params = random_params(policy)
-    forward = jax.jit(lambda rows: policy.hidden(params, rows)[0])
+    logits = jax.jit(lambda rows: policy.hidden(params, rows)[0] @ policy.head(params).weight.T)
     texts = [list(prompt) for prompt in PROMPTS]
     for _ in range(NEW):
-        hidden = forward(stack_rows(*(linear_rows([np.array(text, np.int32)], 24) for text in texts)))
+        scores = np.asarray(logits(stack_rows(*(linear_rows([np.array(text, np.int32)], 24) for text in texts))))
         for row, text in enumerate(texts):
-            text.append(int((hidden[row, len(text) - 1] @ policy.head(params).weight.T).argmax()))
+            text.append(int(scores[row, len(text) - 1].argmax()))
     found = sample(LocalEngine(policy, **SHAPE), params, PROMPTS, KEY, settings=Sampling(NEW, temperature=0))
     for prompt, text, (completion,) in zip(PROMPTS, texts, found, strict=True):
         assert completion.tokens.tolist() == text[len(prompt) :]
@@ -122,6 +126,19 @@ def test_a_draw_depends_on_its_own_key_alone(policy, params, drawn):
     for changed in ({"key": jax.random.key(6)}, {"key": KEY, "indices": [7]}):
         [found] = sample(engine, params, PROMPTS[2:3], **changed, settings=settings, completions=3)
         assert [c.tokens.tolist() for c in found] != texts
+
+
+def test_completions_have_limits_of_their_own(policy, params, drawn):
+    engine, settings = LocalEngine(policy, **SHAPE), Sampling(NEW, temperature=0.8, stop_ids=(2, 5))
+    limits = [[1, 4, NEW], [2, NEW, 3], [5, 1, 1], [NEW, 6, 2]]
+    found = sample(engine, params, PROMPTS, KEY, settings=settings, completions=3, limits=limits)
+    for x, y, most in zip(found, drawn, limits, strict=True):
+        for a, b, limit in zip(x, y, most, strict=True):
+            assert a.tokens.tolist() == b.tokens[:limit].tolist()
+            assert a.finish_reason == ("length" if len(b.tokens) > limit else b.finish_reason)
+    for wrong in ([[1, 1, 1]] * 3, [[1, 1, NEW + 1]] * 4, [[0, 1, 1]] * 4):
+        with pytest.raises(ConfigError, match=r"limits: expected 4 x 3 .* of 1 to 9 new tokens"):
+            sample(engine, params, PROMPTS, KEY, settings=settings, completions=3, limits=wrong)
 
 
 def test_slots_pieces_and_blocks_change_nothing(policy, params, drawn):
