@@ -81,8 +81,12 @@ def get_config() -> ConfigDict:
     config.batch.tokens_per_row = 512  # tokens; a prompt with all its answers, or as many as fit
     config.batch.documents_per_row = 16  # most prompts packed into a row
 
-    config.halt_when = ("kl > 25", "gold falls while reward rises over 20")  # rules that end the run (train/watch.py)
-    config.warn_when = ("reward_std < 1e-6 for 5", "length > 2x start", "no_eos > 0.5")  # rules that only warn
+    config.halt_when = (
+        "kl > 25",
+        "length > 1.5x start",
+        "gold falls while reward rises over 20",
+    )  # rules that end the run
+    config.warn_when = ("reward_std < 1e-6 for 5", "no_eos > 0.5")  # rules that only warn (train/watch.py)
 
     config.run = ConfigDict()
     config.run.dir = None  # may be gs://; None: a new folder runs/ppo-N

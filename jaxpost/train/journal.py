@@ -21,7 +21,7 @@ ARRAYS = {"tokens": np.int32, "logps": np.float32, "drawn_logps": np.float32}
 
 
 class Journal:
-    """The files of one run. Only the first host writes."""
+    """The files of one run."""
 
     def __init__(self, folder: epath.Path):
         self.folder = folder

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from tests.claims import adapters, distillation, preference, reward
+from tests.claims import adapters, distillation, ppo, preference, reward
 from tests.shared import SHARED
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "claims"
@@ -18,6 +18,7 @@ CLAIMS = {
     "ensemble": reward.ensemble,
     "rankings": reward.embedded_rankings,
     "reward_real": reward.dialogues,
+    "ppo": ppo.embedded_ppo,
 }
 NEED_SHARED = ("demo", "real", "reward", "ensemble", "reward_real")
 

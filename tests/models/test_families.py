@@ -16,7 +16,7 @@ from jaxpost.ops.experts import balance_loss
 from jaxpost.ops.logprobs import logits, row_logps
 from jaxpost.types import Rows
 from tests.models.golden.weights import tensors_of
-from tests.models.tiny import greedy
+from tests.models.tiny import greedy, linear_rows
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -82,12 +82,20 @@ def test_equals_transformers(name, tmp_path):
         np.testing.assert_allclose(aux, golden["aux_loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe_mixed"])
-def test_decoding_continues_like_transformers(name, tmp_path):
+QUICK = ("gemma3", "qwen3_moe_mixed")  # windows, a mixture of experts
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LANGUAGE_MODELS if name not in QUICK)]
+)
+def test_decoding_continues_like_transformers_with_the_logps_of_training(name, tmp_path):
     policy, params, golden = open_golden(name, tmp_path / name)
     prompt = golden["ids"][0][golden["mask"][0] == 1]
     [completion] = greedy(policy, params, [prompt], len(golden["greedy"]))
     np.testing.assert_array_equal(completion.tokens, golden["greedy"])
+    whole = linear_rows([np.concatenate([prompt, completion.tokens])], len(prompt) + len(completion.tokens))
+    stats = row_logps(policy.hidden(params, whole)[0], policy.head(params), whole)
+    np.testing.assert_allclose(completion.logps, stats.logps[0, len(prompt) :], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2_scores", "gemma3_scores"])

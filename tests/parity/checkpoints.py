@@ -20,7 +20,7 @@ from jaxpost.models.policy import Policy
 from jaxpost.ops.experts import balance_loss
 from jaxpost.ops.logprobs import logits, row_logps
 from jaxpost.types import Rows
-from tests.models.tiny import greedy
+from tests.models.tiny import greedy, linear_rows
 
 TOLERANCE = 1e-4  # absolute on logits and the like; relative on the gradients
 CHECKED = {  # values of a golden.npz that are compared (or are inputs)
@@ -86,7 +86,7 @@ def compare(policy: Policy, params, golden) -> dict[str, float]:
     found["nll"] = abs(float(value) - float(golden["nll_right"]))
     found["grad_norm"] = abs(float(norm) / float(golden["grad_norm_right"]) - 1)
     found["grad_embed"] = np.abs(grads["embed"]["weight"] - embed).max() / np.abs(embed).max()
-    found["greedy"] = greedy_errors(policy, params, golden)
+    found["greedy"], found["greedy_logps"] = greedy_errors(policy, params, golden)
     return found
 
 
@@ -121,14 +121,21 @@ def router_errors(policy: Policy, router, golden, real) -> dict[str, float]:
     return found
 
 
-def greedy_errors(policy: Policy, params, golden) -> int:
-    """Tokens of the continuations that differ."""
+def greedy_errors(policy: Policy, params, golden) -> tuple[int, float]:
+    """(tokens of the continuations that differ, how far their log-probabilities are from those of training)."""
     ids, mask = golden["input_ids_left"], golden["attention_mask_left"]
     width = ids.shape[1]
     prompts = [row[real == 1].astype(np.int32) for row, real in zip(ids, mask, strict=True)]
     expected = golden["greedy_left"][:, width:]
     found = greedy(policy, params, prompts, expected.shape[1])
-    return int(sum((completion.tokens != row).sum() for completion, row in zip(found, expected, strict=True)))
+    wrong, gap = 0, 0.0
+    for prompt, completion, row in zip(prompts, found, expected, strict=True):
+        wrong += int((completion.tokens != row).sum())
+        whole = linear_rows([np.concatenate([prompt, completion.tokens])], width + len(row))
+        stats = row_logps(policy.hidden(params, whole)[0], policy.head(params), whole)
+        again = stats.logps[0, len(prompt) : len(prompt) + len(row)]
+        gap = max(gap, float(np.abs(completion.logps - again).max()))
+    return wrong, gap
 
 
 def main(directory: str) -> int:
