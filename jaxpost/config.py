@@ -246,8 +246,11 @@ def _rollout_contradictions(c: Config):
             if getattr(c, name):
                 yield name, f"only stages that sample are watched, and {c.stage} does not"
         return
-    if c.score.reward is None:
+    if not c.score.reward:
         yield "score.reward", "missing; give a reward model, or a function pkg.mod:fn"
+    elif c.score.weights is not None and len(c.score.weights) != len(c.score.reward):
+        given = f"{len(c.score.weights)} for the {len(c.score.reward)} rewards of score.reward"
+        yield "score.weights", f"{given}; give one each"
     if c.run.steps is None:
         yield "run.steps", "missing; a stage that samples counts steps, not epochs"
     if c.model.adapter is not None:

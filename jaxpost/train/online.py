@@ -99,7 +99,8 @@ def fit_online(
         else:
             state, extra = checkpoints.restore(with_shardings(abstract, shardings))
         start = int(state.step)
-        inputs.record(folder, inputs.describe(config, model, rollouts.prompts.dataset))
+        described = inputs.describe(config, model, rollouts.prompts.dataset)
+        inputs.record(folder, described | {"reward": rollouts.scorer.fingerprint})
         write_config(folder, config)
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)

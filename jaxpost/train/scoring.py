@@ -70,12 +70,17 @@ def open_scorer(
     model: whose answers are scored. timeout_s, workers: of a function. combine: of a reward model's heads.
     Raises ConfigError, CheckpointError.
     """
-    if FUNCTION.fullmatch(spec) and not epath.Path(spec).exists():
+    if is_function(spec):
         return FunctionScorer(spec, key, timeout_s=timeout_s, workers=workers)
     reward = load_model(spec, mesh=mesh, frozen=True)
     if not getattr(reward.model.policy.config, "num_scores", 0):
         raise ConfigError(f"{key}: {spec} has words for a head, not scores; train it with stage=reward first")
     return RewardModelScorer(reward, model, name=spec, combine=combine)
+
+
+def is_function(spec: str) -> bool:
+    """Whether it names a function, and no reward model."""
+    return bool(FUNCTION.fullmatch(spec)) and not epath.Path(spec).exists()
 
 
 class RewardModelScorer:
@@ -171,6 +176,12 @@ class WeightedSum:
     def close(self) -> None:
         for scorer, _ in self._parts:
             scorer.close()
+
+
+def summed(scorers: Sequence[Scorer], weights: Sequence[float] | None = None) -> Scorer:
+    """One scorer: the only one where it counts as it is, else the weighted sum. weights: None = 1 each."""
+    weights = [1.0] * len(scorers) if weights is None else weights
+    return scorers[0] if list(weights) == [1.0] else WeightedSum(scorers, weights)
 
 
 def refuse_failures(scored: Scored, hint: str = "") -> None:

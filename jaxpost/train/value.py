@@ -11,6 +11,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.policy import Policy
 from jaxpost.sharding import named_shardings, with_dtype
 from jaxpost.train.folder import is_run
+from jaxpost.train.scoring import is_function
 from jaxpost.train.setup import Model, open_model
 from jaxpost.types import Array, Rows
 
@@ -41,8 +42,8 @@ def open_value(config, model: Model, mesh) -> ValueModel:
     """The value model that `config.value` describes; a fresh head says 0. Raises ConfigError, CheckpointError."""
     if config.value.model == "head":
         return _head(config, model, mesh)
-    reward = config.score.reward
-    path = config.value.path or (config.model.path if ":" in reward and not reward.startswith("embedded:") else reward)
+    rewards = [spec for spec in config.score.reward if not is_function(spec)]
+    path = config.value.path or next(iter(rewards), config.model.path)
     path = f"{path}/export" if is_run(path) else path
     found = open_model(config, mesh, path=path, any_head=True)
     if found.policy.config.vocab_size != model.policy.config.vocab_size:

@@ -273,6 +273,10 @@ def test_rewards_all_equal_are_warned_of(given, tmp_path, caplog):
     ("changes", "message"),
     [
         ({"score.reward": None}, r"score\.reward: missing"),
+        (
+            {"score.reward": ["a:b", "c:d"], "score.weights": [1.0]},
+            r"score\.weights: 1 for the 2 rewards of score\.reward",
+        ),
         ({"sampling.max_new_tokens": 0}, r"sampling\.max_new_tokens: 0 is out of range"),
         ({"sampling.max_new_tokens": 100}, r"batch\.tokens_per_row: 128 is less than rollout\.max_prompt_tokens"),
         ({"batch.tokens_per_row": 256, "sampling.max_new_tokens": 100}, r"are more than the 128 tokens that the model"),

@@ -13,7 +13,7 @@ from jaxpost.errors import ConfigError, ScoreError
 from jaxpost.sampling.engine import Sampling
 from jaxpost.sharding import make_mesh
 from jaxpost.train.prompts import read_prompts
-from jaxpost.train.scoring import Answer, Scored, WeightedSum, open_scorer, refuse_failures
+from jaxpost.train.scoring import Answer, Scored, open_scorer, refuse_failures, summed
 from jaxpost.types import Completion
 from tests.worlds import write_model
 
@@ -116,13 +116,16 @@ def test_a_weighted_sum(model, reward, asked):
     given = answers(asked, model, "Red.", "raise", "Green")
     first = open_scorer(reward, "score.path", model, make_mesh(), **SETTINGS)
     second = open_scorer("tests.tasks.rewards:told", "score.path", model, None, **SETTINGS)
-    both = WeightedSum([first, second], [2.0, -0.5])
+    both = summed([first, second], [2.0, -0.5])
     found, alone = both(given), first(given)
     np.testing.assert_allclose(found.values, 2 * alone.values - 0.5 * np.array([4, np.nan, 5]))
     np.testing.assert_allclose(found.spread, 2 * alone.spread)
     assert [index for index, _ in found.failures] == [
         1
     ] and both.name == f"2 * {reward} + -0.5 * tests.tasks.rewards:told"
+    np.testing.assert_allclose(summed([first, first])(given).values, 2 * alone.values)
+    assert summed([first]) is first and summed([first], [1.0]) is first
+    np.testing.assert_allclose(summed([first], [3.0])(given).values, 3 * alone.values)
     both.close()
 
 
