@@ -17,7 +17,8 @@ One head:     python -m jaxpost.main --config=configs/reward.py --config.model.s
 Ensembles:    heads on one trunk agree even on what they have never seen; models of several seeds, each with one head
               and reward.init_std=4, do not (docs/claims/ensemble.md): jaxpost.train.scores.joined
 Rankings:     python -m jaxpost.main --config=configs/reward.py --config.loss.name=all_pairs --config.data.train=FILE
-Others:       loss.name=regression fits the data's own scores; process judges the steps of answers (their labels)
+Others:       loss.name=regression fits the data's own scores; process judges the steps of answers (their labels); as
+              plackett_luce they know no smoothing of labels: loss.label_smoothing=None
 Scores:       jaxpost.load(RUN_DIR).score("What is the capital of France?", ["Paris.", "Rome."]).mean
 What it left: RUN_DIR/reward.json and reward.png: accuracy, calibration, length bias; RUN_DIR/export loads as a
               ...ForSequenceClassification
@@ -44,8 +45,8 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "bradley_terry"  # pairs: bradley_terry; rankings: all_pairs | plackett_luce; see the top
-    config.loss.label_smoothing = 0.1  # share of the labels taken to be wrong, which bounds the scores; 0 .. 0.5
-    config.loss.centering = 0.0  # weight of (r_w + r_l)^2, which draws scores to mean 0; >= 0. 0.01 is usual
+    config.loss.label_smoothing = 0.1  # share of labels taken to be wrong; 0 .. 0.5. None: see the top
+    config.loss.centering = None  # pairs: weight of (r_w + r_l)^2, which draws scores to mean 0; >= 0. 0.01 is usual
 
     config.reward = ConfigDict()
     config.reward.margin = 0.0  # margin asked for each point of difference in the data's own scores; >= 0

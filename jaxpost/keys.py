@@ -128,7 +128,7 @@ class LossConfig:
     ld_alpha: float = key("of pairs: what tokens beyond the shorter answer count (LD-DPO); 1 = all", 1.0, low=0, high=1)
     wpo: bool = key("of pairs: weigh each by how likely the policy is to say it (WPO)", False)
     hyperparameters: Mapping[str, Scalar] = free_keys(
-        "the loss function's own keyword arguments, held against its signature"
+        "the loss function's own keyword arguments, held against its signature; None = its default"
     )
 
 

@@ -22,12 +22,13 @@ DEFAULT_CHUNK_TOKENS = 1024
 
 def bind_losses(settings, known: dict) -> dict:
     """{name: (weight, loss)} of the losses `settings.name` (of `known`, or dotted paths `pkg.mod:fn`), added with
-    `settings.weights`. Each hyperparameter is bound to every loss that takes it.
+    `settings.weights`. Each hyperparameter is bound to every loss that takes it; one that is None is as not given.
 
     Raises ConfigError, by key, for a name that is not there and a hyperparameter that no loss takes, one needs, or that
     is of another type than its default.
     """
-    names, given, losses = settings.name, settings.hyperparameters, {}
+    names, losses = settings.name, {}
+    given = {name: value for name, value in settings.hyperparameters.items() if value is not None}
     for name in names:
         loss = imported("loss.name", name) if ":" in name else known.get(name)
         if loss is None:
@@ -37,7 +38,9 @@ def bind_losses(settings, known: dict) -> dict:
     for name in given:
         if not any(name in parameters for parameters in takes.values()):
             every = sorted({parameter for parameters in takes.values() for parameter in parameters})
-            raise ConfigError(f"loss.{name}: {' and '.join(names)} takes {', '.join(every) or 'no hyperparameters'}")
+            raise ConfigError(
+                f"loss.{name}: {' and '.join(names)} takes {', '.join(every) or 'no hyperparameters'}; set None"
+            )
     bound = {}
     for (name, loss), weight in zip(losses.items(), settings.weights or (1.0,) * len(names), strict=True):
         for key, parameter in takes[name].items():

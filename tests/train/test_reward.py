@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 import jaxpost
+from jaxpost import config as configs
 from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.losses import reward
 from jaxpost.models.policy import Policy
 from jaxpost.sharding import make_mesh
 from jaxpost.train import setup
+from jaxpost.train.objectives import bind_loss
 from jaxpost.train.reward import head_weights, process_objective, ranking_loss, reward_objective, taken
 from jaxpost.train.run import load_model
 from jaxpost.train.scores import Scores, completion_scores, joined, normalization, normalized
@@ -336,6 +338,18 @@ def test_rankings_train_and_bad_ones_are_counted(given, tmp_path, capsys):
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     printed = capsys.readouterr().out
     assert all(reason in printed for _, reason in BAD)
+
+
+@pytest.mark.parametrize("name", reward.LOSSES)
+def test_the_shipped_config_takes_every_loss(name):
+    """A hyperparameter of it that a loss does not take is set None, on the command line too."""
+    values = configs.load("reward")
+    configs.override(values, "loss.name", name)
+    if name not in ("bradley_terry", "all_pairs"):
+        with pytest.raises(ConfigError, match=rf"loss\.label_smoothing: {name} takes no hyperparameters; set None"):
+            bind_loss(configs.resolve(values).loss, reward.LOSSES)
+        configs.override(values, "loss.label_smoothing", "None")
+    assert bind_loss(configs.resolve(values).loss, reward.LOSSES).func is reward.LOSSES[name]
 
 
 def test_a_longer_ranking_than_the_config_says_is_refused(given, tmp_path):
