@@ -17,6 +17,7 @@ from jaxpost import schema
 from jaxpost.errors import ConfigError
 from jaxpost.keys import (
     DEFAULT_LOSS,
+    FILTERS,
     KEYS_OF_PAIRS,
     STAGES_OF_PAIRS,
     STAGES_THAT_SAMPLE,
@@ -270,6 +271,10 @@ def _rollout_contradictions(c: Config):
     for name in ("url", "reload") if s.engine == "http" else ():
         if getattr(s, name) is None:
             yield f"sampling.{name}", "missing; sampling.engine='http' needs it (docs/servers.md)"
+    for name in FILTERS if s.engine == "http" else ():
+        if getattr(s, name) != getattr(SamplingConfig, name):
+            why = "a server does not say how likely its draws were under filters, and each token is weighed by that"
+            yield f"sampling.{name}", f"{getattr(s, name)}, but {why}; leave it out, or sampling.engine='local'"
     if c.value.model == "head" and c.value.path is not None:
         yield "value.path", "a head on the policy has no weights of its own to begin from; set None"
     for name in ("target", "gain"):

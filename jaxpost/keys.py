@@ -375,3 +375,4 @@ STAGES_THAT_SAMPLE = ("ppo",)  # and learn from what they drew
 STAGES_WITH_SCORES = ("reward",)  # that train scalar heads, not words
 STAGES_OF_PAIRS = ("dpo", "orpo", "simpo", "cpo")
 KEYS_OF_PAIRS = ("weights", "divergence", "divergence_alpha", "ld_alpha", "wpo")  # of loss.*
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")  # of sampling.*: not all tokens as likely

@@ -45,7 +45,7 @@ def run(config, scorer: Scorer | None = None) -> Run:
     )
     # 3. Each step: prompts in a seeded order, completions of each, their scores.
     prompts, held_out = open_prompts(config, model)
-    engine, settings = open_engine(config, model, mesh), open_sampling(config, model)
+    engine, settings = open_engine(config, model, mesh, folder), open_sampling(config, model)
     limits = {name: getattr(config.score, name) for name in ("timeout_s", "workers", "combine")}
     score = functools.partial(open_scorer, model=model, mesh=mesh, **limits)
     scorer = scorer or summed([score(one, "score.reward") for one in config.score.reward], config.score.weights)

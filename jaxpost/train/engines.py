@@ -1,16 +1,48 @@
 """The engine that a stage draws from, as config.sampling describes it."""
 
 import os
-import shutil
 
 from jaxpost.errors import ConfigError
-from jaxpost.models import hf
+from jaxpost.models import lora
 from jaxpost.sampling.engine import Sampling
 from jaxpost.sampling.http import HttpEngine
 from jaxpost.sampling.local import LocalEngine, roomy
+from jaxpost.train.checkpoint import checksum
+from jaxpost.train.run import LoadedModel
 from jaxpost.train.setup import Model
 
 SERVED = "served"  # folder in a run's: the weights that a server reads
+
+
+class ServedEngine:
+    """An `Engine` on a server, which gets the weights it is asked to draw by before it draws.
+
+    They go as a whole model, adapters worked in, to a folder beneath `folder`, whose predecessor is then removed; the
+    weights that it got last it does not get again.
+    """
+
+    def __init__(self, server: HttpEngine, model: Model, mesh, folder):
+        self.server, self.model, self.mesh = server, model, mesh
+        self.folder = folder.resolve()  # the server has another working directory
+        self._pushed = None  # what tells those weights from others
+
+    def stream(self, params, prompts, key, **kwargs):
+        """As `Engine.stream`. Raises EngineError."""
+        self._push(params)
+        yield from self.server.stream(params, prompts, key, **kwargs)
+
+    def _push(self, params) -> None:
+        adapted = self.model.policy.lora is not None
+        identity = checksum(lora.split(params)[1] if adapted else params)
+        if identity == self._pushed:
+            return
+        target = self.folder / f"{identity:08x}"
+        LoadedModel(self.model, params, self.mesh).export(target, merge=adapted)
+        self.server.push(target)
+        self._pushed = identity
+        for other in self.folder.iterdir():
+            if other != target:
+                other.rmtree()
 
 
 def open_sampling(config, model: Model) -> Sampling:
@@ -20,8 +52,8 @@ def open_sampling(config, model: Model) -> Sampling:
     return Sampling(**{name: getattr(c, name) for name in names}, stop_ids=stops)
 
 
-def open_engine(config, model: Model, mesh) -> LocalEngine | HttpEngine:
-    """Raises ConfigError where prompt and completion do not fit the model, or an environment variable is not there."""
+def open_engine(config, model: Model, mesh, folder) -> LocalEngine | ServedEngine:
+    """folder: the run's. Raises ConfigError where prompt and completion do not fit the model, or a variable is missing."""
     c, longest = config.sampling, config.rollout.max_prompt_tokens + config.sampling.max_new_tokens
     most = model.policy.config.max_positions
     if longest > most:
@@ -37,7 +69,8 @@ def open_engine(config, model: Model, mesh) -> LocalEngine | HttpEngine:
             if not key:
                 raise ConfigError(f"sampling.api_key_env: there is no environment variable {c.api_key_env}")
         names = {name: getattr(c, name) for name in ("concurrency", "timeout_s", "retries", "reload")}
-        return HttpEngine(c.url, model=c.served_model, api_key=key, **names)
+        server = HttpEngine(c.url, model=c.served_model, api_key=key, **names)
+        return ServedEngine(server, model, mesh, folder / SERVED)
     return LocalEngine(
         model.policy,
         mesh,
@@ -49,13 +82,3 @@ def open_engine(config, model: Model, mesh) -> LocalEngine | HttpEngine:
         quantized=c.kv_cache == "int8",
         decode=model.tokenizer.decode,
     )
-
-
-def push(engine: HttpEngine, folder, model: Model, params, step: int) -> None:
-    """Has the server read these parameters (all of the policy's), written to a folder of the run's."""
-    target = folder / SERVED / f"step-{step}"
-    hf.export(target, params, model.policy, model.tokenizer.files() | model.template.files())
-    engine.push(target)
-    for old in (folder / SERVED).glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)

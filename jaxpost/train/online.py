@@ -17,11 +17,10 @@ import numpy as np
 
 from jaxpost import embedded
 from jaxpost.config import to_dict
-from jaxpost.errors import UserError
+from jaxpost.errors import EngineError, ScoreError, UserError
 from jaxpost.sampling.engine import sample
-from jaxpost.sampling.http import HttpEngine
 from jaxpost.sharding import batch_sharding
-from jaxpost.train import engines, inputs
+from jaxpost.train import inputs
 from jaxpost.train.checkpoint import Checkpointer, checksum
 from jaxpost.train.evaluation import Evaluation
 from jaxpost.train.folder import write_config
@@ -194,11 +193,11 @@ class OnlineLoop:
             for step in range(start + 1, total + 1):
                 began = time.perf_counter()
                 if rollout is None:
-                    rollout = self.draw(step, state.params)
+                    with self.kept_by_errors(state, step - 1):
+                        rollout = self.draw(step, state.params)
                 drawn = time.perf_counter() - began
                 if stopped.is_set():  # the journal has what was drawn
-                    if step - 1 not in self.checkpoints.steps():
-                        self.save(state, step - 1)
+                    self.keep(state, step - 1)
                     return self.stop(state, step - 1)
                 batch, microbatches = to_batch(rollout, self.config.batch, **self.shape())
                 before = {"policy": jax.tree.map(jnp.copy, state.params["policy"])} if stale and step < total else None
@@ -213,7 +212,8 @@ class OnlineLoop:
                 halting = any(alarm.action == "halt" for alarm in alarms)
                 stopping = stopped.is_set()
                 if step == total or (run.eval_every and step % run.eval_every == 0) or halting:
-                    self.evaluate(state, step)
+                    with self.kept_by_errors(state, step):
+                        self.evaluate(state, step)
                 if halting:
                     return self.halt(state, alarms)
                 if step == total or stopping or (run.checkpoint_every and step % run.checkpoint_every == 0):
@@ -238,10 +238,7 @@ class OnlineLoop:
     def draw(self, step: int, params):
         """The rollout of a step by these parameters, known by the sum of their bits."""
         self.drawer = int(checksum(params["policy"]))
-        whole = self.whole(params)
-        if isinstance(self.rollouts.engine, HttpEngine):
-            engines.push(self.rollouts.engine, self.folder, self.model, whole, step)
-        return self.rollouts.draw(step, whole, self.drawer)
+        return self.rollouts.draw(step, self.whole(params), self.drawer)
 
     def replayed(self, start: int, extra: dict):
         """The rollout that an asynchronous run had drawn ahead of the checkpoint it goes on from; None at a start."""
@@ -283,6 +280,20 @@ class OnlineLoop:
         self.checkpoints.save(step, state, extra, to_dict(self.config), None if reward is None else -reward)
         kept = min((s for s in self.checkpoints.steps()), default=step)
         self.rollouts.journal.prune(min(kept, step - self.config.rollout.keep))
+
+    def keep(self, state, step: int):
+        if step not in self.checkpoints.steps():
+            self.save(state, step)
+
+    @contextlib.contextmanager
+    def kept_by_errors(self, state, step: int):
+        """A server that is gone, or scores that are missing, end the run in this block; what was learnt is saved."""
+        try:
+            yield
+        except (EngineError, ScoreError):
+            self.keep(state, step)
+            log.warning("saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
+            raise
 
     def stop(self, state, step: int, finished: bool = False):
         self.checkpoints.wait()

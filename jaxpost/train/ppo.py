@@ -119,7 +119,7 @@ class Ppo:
             "value": Mean((values * mask).sum(), mask.sum()),
             "return": Mean((returns * mask).sum(), mask.sum()),
             "explained_variance": Mean(explained, one),
-            "policy_drift" if self.off_policy else "sampler_trainer_gap": Mean(gap, one),
+            "policy_drift" if c.rollout.staleness else "sampler_trainer_gap": Mean(gap, one),
         }
         return dataclasses.replace(batch, token=token | {"advantages": advantages, "returns": returns}), carry, metrics
 

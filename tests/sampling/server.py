@@ -1,6 +1,7 @@
 """A small real server that answers as vLLM does, over a fake model: logits that depend on the last token and the place.
 
-What it can be told to do: fail a number of times, hang, leave out ids or log-probabilities, report processed ones.
+What it can be told to do: fail a number of times, hang, go away, leave out ids or log-probabilities, report processed
+ones, draw from another model.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum())
 
 
-def complete(body: dict, processed: bool = False) -> tuple[list[int], list[float], str]:
+def complete(body: dict, processed: bool = False, logits=logits) -> tuple[list[int], list[float], str]:
     """(tokens, log-probabilities, finish reason) for a request, in vLLM's order of bias, temperature, filters."""
     tokens, logps = [], []
     while len(tokens) < body["max_tokens"]:
@@ -41,7 +42,7 @@ def complete(body: dict, processed: bool = False) -> tuple[list[int], list[float
         x = x if greedy else x / body["temperature"]
         if body["top_k"] > 0:
             x[x < np.sort(x)[-body["top_k"]]] = -np.inf
-        noise = 0 if greedy else np.random.default_rng([body["seed"], len(tokens)]).gumbel(size=VOCAB)
+        noise = 0 if greedy else np.random.default_rng([body["seed"], len(tokens)]).gumbel(size=len(x))
         token = int(np.argmax(x + noise))
         tokens.append(token)
         logps.append(float(log_softmax(x if processed else raw)[token]))
@@ -58,6 +59,9 @@ class Server:
         self.failures = []  # statuses of the next replies
         self.context = 64
         self.hang_s = 0.0
+        self.last = None  # completions until it goes away, without a reply to the next one
+        self.logits = logits  # of its model
+        self.load = lambda folder: None  # what it does with new weights
         self.processed = False
         self.without = ()  # fields of a choice that are left out
         self.change = {}  # fields of a choice that are others
@@ -106,7 +110,11 @@ class Server:
         if self.failures:
             status = self.failures.pop(0)
             return JSONResponse({"error": {"message": "out of\nsorts", "code": status}}, status)
-        tokens, logps, reason = complete(body, self.processed)
+        if self.last == 0:
+            self._server.should_exit = True
+            await asyncio.sleep(60)  # until it is cancelled
+        self.last = self.last and self.last - 1
+        tokens, logps, reason = complete(body, self.processed, self.logits)
         logprobs = {"tokens": [f"token_id:{token}" for token in tokens], "token_logprobs": logps}
         choice = {"index": 0, "text": "?", "logprobs": logprobs, "finish_reason": reason, "token_ids": tokens}
         choice |= {"prompt_token_ids": body["prompt"], **self.change}
@@ -115,5 +123,7 @@ class Server:
 
     async def _reload(self, request):
         self.paths.append(request.url.path)
-        self.requests.append(await request.json() if await request.body() else None)
+        body = await request.json() if await request.body() else None
+        self.requests.append(body)
+        self.load((body or {}).get("model_path"))
         return JSONResponse(self.reloaded)

@@ -282,6 +282,10 @@ def test_rewards_all_equal_are_warned_of(given, tmp_path, caplog):
         ({"batch.tokens_per_row": 256, "sampling.max_new_tokens": 100}, r"are more than the 128 tokens that the model"),
         ({"sampling.stop": ("",)}, r"sampling\.stop: .* expected strings that are not empty"),
         ({"sampling.engine": "http"}, r"sampling\.url: missing"),
+        (
+            {"sampling.engine": "http", "sampling.url": "http://x", "sampling.reload": "true", "sampling.top_p": 0.9},
+            r"sampling\.top_p: 0\.9, but a server does not say how likely its draws were under filters",
+        ),
         ({"batch.accumulate": 2}, r"batch\.accumulate: 2, but as many microbatches"),
         ({"value.path": "embedded:sft"}, r"value\.path: a head on the policy"),
         ({"run.steps": None, "run.epochs": 1}, r"run\.steps: missing"),
