@@ -81,11 +81,7 @@ def get_config() -> ConfigDict:
     config.batch.tokens_per_row = 512  # tokens; a prompt with all its answers, or as many as fit
     config.batch.documents_per_row = 16  # most prompts packed into a row
 
-    config.halt_when = (
-        "kl > 25",
-        "length > 1.5x start",
-        "gold falls while reward rises over 20",
-    )  # rules that end the run
+    config.halt_when = ("kl > 25", "length > 1.5x start", "gold falls while reward rises over 20")  # end the run
     config.warn_when = ("reward_std < 1e-6 for 5", "no_eos > 0.5")  # rules that only warn (train/watch.py)
 
     config.run = ConfigDict()

@@ -16,17 +16,14 @@ from jaxpost.train.ppo import METRICS, Ppo, make_learn, make_ppo_optimizer
 from jaxpost.train.prompts import open_prompts
 from jaxpost.train.rollouts import Rollouts
 from jaxpost.train.run import LoadedModel, Run
-from jaxpost.train.scoring import Scorer, open_scorer, summed
+from jaxpost.train.scoring import open_scorer, summed
 from jaxpost.train.setup import open_mesh, open_model, open_reference
 from jaxpost.train.value import open_value
 from jaxpost.train.watch import Watch
 
 
-def run(config, scorer: Scorer | None = None) -> Run:
-    """Draws completions, scores them, and makes those likelier that are worth more than was expected.
-
-    scorer: in place of score.reward.
-    """
+def run(config) -> Run:
+    """Draws completions, scores them, and makes those likelier that are worth more than was expected."""
     # 1. The loss, by its name and hyperparameters; the rules that end a run which games its reward.
     loss = bind_loss(config.loss, {"ppo": policy_losses.ppo})
     watch = Watch(config.halt_when, config.warn_when, {*METRICS, *LOGGED})
@@ -48,7 +45,7 @@ def run(config, scorer: Scorer | None = None) -> Run:
     engine, settings = open_engine(config, model, mesh, folder), open_sampling(config, model)
     limits = {name: getattr(config.score, name) for name in ("timeout_s", "workers", "combine")}
     score = functools.partial(open_scorer, model=model, mesh=mesh, **limits)
-    scorer = scorer or summed([score(one, "score.reward") for one in config.score.reward], config.score.weights)
+    scorer = summed([score(one, "score.reward") for one in config.score.reward], config.score.weights)
     gold = config.score.gold and score(config.score.gold, "score.gold")
     rollouts = Rollouts(config, engine, settings, prompts, model.tokenizer, scorer, gold, folder)
     # 4. What policy, reference and value say of them; rewards with the KL, advantages, returns; 5. clipped updates.

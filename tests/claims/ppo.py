@@ -4,10 +4,6 @@ import tempfile
 import time
 
 import jaxpost
-from jaxpost import config as configs
-from jaxpost.stages import ppo
-from jaxpost.train.scoring import WeightedSum, open_scorer
-from jaxpost.train.setup import open_mesh, open_model
 from tests.claims.runs import SEEDS
 
 MOST_SECONDS = 300  # of 2 cores
@@ -51,13 +47,10 @@ def embedded_ppo() -> list[tuple]:
 
 def hacked(seed: int, honest: float) -> list[tuple]:
     """A run whose reward has a flaw. honest: by how much the reward rose in the run without."""
-    config = configs.resolve(settings(seed, **{"kl.coef": 0.0}))
-    mesh = open_mesh(config)
-    model = open_model(config, mesh)
-    limits = {"timeout_s": 30.0, "workers": 1}
-    reward = open_scorer(config.score.reward, "score.reward", model, mesh, **limits)
-    flaw = open_scorer("tests.claims.ppo:words", "score.reward", model, mesh, **limits)
-    run = ppo.run(config, WeightedSum([reward, flaw], [1.0, FLAW]))
+    config = settings(seed, **{"kl.coef": 0.0})
+    config.score.reward = [config.score.reward, "tests.claims.ppo:words"]
+    config.score.weights = [1.0, FLAW]
+    run = jaxpost.run(config)
     how = f"`--config=ppo --config.kl.coef=0`, {FLAW} points a word, seed {seed}"
     gold, risen = run.metrics["gold"][:, 1], rise(run)
     kept = gold[-1] / gold[0]
