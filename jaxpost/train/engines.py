@@ -53,7 +53,7 @@ def open_sampling(config, model: Model) -> Sampling:
 
 
 def open_engine(config, model: Model, mesh, folder) -> LocalEngine | ServedEngine:
-    """folder: the run's. Raises ConfigError where prompt and completion do not fit the model, or a variable is missing."""
+    """folder: the run's. Raises ConfigError where prompt and completion do not fit the model, or a key is missing."""
     c, longest = config.sampling, config.rollout.max_prompt_tokens + config.sampling.max_new_tokens
     most = model.policy.config.max_positions
     if longest > most:

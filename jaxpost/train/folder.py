@@ -16,8 +16,9 @@ log = logging.getLogger("jaxpost")
 # What may differ when a run goes on: how long it lasts, where the folder now lies, and which server draws.
 MAY_GROW = ("run.steps", "run.epochs")
 SERVER = ("url", "served_model", "api_key_env", "reload", "concurrency", "timeout_s", "retries")
-MAY_DIFFER = ("run.dir", "run.resume", "data.tokenize", "data.workers", "data.cache_dir", *MAY_GROW) + tuple(
-    f"sampling.{name}" for name in SERVER
+MAY_DIFFER = (
+    *("run.dir", "run.resume", "data.tokenize", "data.workers", "data.cache_dir", *MAY_GROW),
+    *(f"sampling.{name}" for name in SERVER),
 )
 
 
