@@ -1,6 +1,7 @@
 """Whole PPO runs of a tiny model: resumed anywhere, asynchronous, watched, and what bad rewards do to them."""
 
 import contextlib
+import io
 import json
 import pathlib
 import random
@@ -16,6 +17,9 @@ import pytest
 import jaxpost
 from jaxpost.cli import main
 from jaxpost.errors import CheckpointError, ConfigError, ScoreError
+from jaxpost.models import lora
+from jaxpost.models.config import Experts, Layer
+from jaxpost.ops.rope import Rope
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.online import OnlineLoop
 from jaxpost.train.rollouts import Rollouts
@@ -302,3 +306,35 @@ def test_a_run_can_be_loaded_and_talked_to(whole):
     loaded = jaxpost.load(whole.folder)
     same_bits(loaded.params, whole.params)
     assert isinstance(loaded.chat("How many letters has aa?", 4), str)
+
+
+@pytest.mark.parametrize("kind", ["head", "own"])
+def test_adapters_learn_over_a_base_that_is_the_reference(given, tmp_path, monkeypatch, capsys, kind):
+    """No second model is held: a value model of its own has a trunk, but that one trains."""
+    held, method = [], OnlineLoop.run
+    monkeypatch.setattr(OnlineLoop, "run", lambda self, *rest: held.append(self.frozen) or method(self, *rest))
+    changes = {"lora": {"rank": 4, "alpha": 8.0}, "value.model": kind, "data.eval_examples": 0}
+    run = jaxpost.run(ppo_config(*given, tmp_path / "run", changes, steps=2, export=True))
+    assert all(row["first/ratio_error"] < 1e-5 and row["sampler_trainer_gap"] < 1e-4 for row in run.rows)
+    assert run.rows[0]["kl"] == pytest.approx(0, abs=1e-5) and run.rows[1]["kl"] != 0
+    (frozen,) = held
+    assert set(frozen) == {"base"}
+    base, adapters = lora.split(run.params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(frozen["base"]), strict=True))
+    same_bits(adapters, run.state.params["policy"])
+    assert set(run.state.params["value"]) == ({"score"} if kind == "head" else {"score", *base} - {"head"})
+    assert (run.folder / "export/adapter_config.json").exists()
+    same_bits(jaxpost.load(run.folder).params, run.params)
+    if kind == "head":
+        monkeypatch.setattr("sys.stdin", io.StringIO("How many letters has aa?\n"))
+        assert main(["chat", f"--checkpoint={run.folder}", "--max-new-tokens=4"]) == 0
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_learns(given, tmp_path):
+    experts = {"pattern": (Layer(Rope(), experts=True),), "experts": Experts(8, 2, 16, True, 0.01)}
+    model = write_model(tmp_path / "model", family="qwen3_moe", qk_norm=True, **experts)
+    run = jaxpost.run(ppo_config(model, given[1], tmp_path / "run", {"data.eval_examples": 0}, steps=2))
+    assert all(row["first/ratio_error"] < 1e-5 and row["sampler_trainer_gap"] < 1e-4 for row in run.rows)
+    assert all(2 <= row["loss/router"] <= 16 and 1 <= row["router/max_load"] <= 4 for row in run.rows)
+    assert run.rows[1]["kl"] != 0
