@@ -211,9 +211,10 @@ class ScoreConfig:
     """Of the stages that sample: what a completion is worth."""
 
     reward: tuple[str, ...] | None = key(
-        "reward model (run or model folder) or function pkg.mod:fn(question, answer, record); several are summed", None
+        "reward model (run, model folder or embedded:reward) or function pkg.mod:fn(question, answer, record), or several",
+        None,
     )
-    weights: tuple[float, ...] | None = key("of the rewards of score.reward, one each; None = 1 each", None)
+    weights: tuple[float, ...] | None = key("in the sum of several rewards, one each; None = 1 each", None)
     combine: Literal["mean", "min"] = key("scores of a reward model's several heads as one", "mean")
     gold: str | None = key("as score.reward, never trained on: logged beside it", None)
     workers: int = key("processes in which functions run", 2, low=1)

@@ -10,10 +10,13 @@ import pytest
 import sentencepiece
 import tokenizers
 
+import jaxpost
 from jaxpost import config as configs
 from jaxpost import embedded
 from jaxpost.embedded import dialogues, facts, make, tokenizer, world
 from jaxpost.errors import ConfigError
+
+MODELS = ("base", "sft", "reward")
 
 
 def read(name):
@@ -91,7 +94,7 @@ def test_no_fact_is_the_inverse_of_another(the_world):
 
 def test_no_training_dialogue_or_pair_asks_or_states_a_held_out_fact(the_world):
     texts = [turn["content"] for record in read("instructions") for turn in record["messages"]]
-    pairs = [*read("preferences"), *read("comparisons"), *read("comparisons_eval")]
+    pairs = [pair for name in ("preferences", "comparisons", "comparisons_eval", "judged") for pair in read(name)]
     texts += [turn["content"] for pair in pairs for key in ("prompt", "chosen", "rejected") for turn in pair[key]]
     said = {sentence for text in texts for sentence in sentences(text)}
     for f in the_world.held_out:
@@ -133,7 +136,7 @@ def test_questions_ask_every_trained_fact_in_every_form(the_world):
 
 
 def test_the_files_are_what_the_seed_gives(tmp_path, monkeypatch):
-    shipped = {name: embedded.path(name) for name in embedded.FILES if name not in ("base", "sft")}
+    shipped = {name: embedded.path(name) for name in embedded.FILES if name not in (*MODELS, "judged")}
     shipped |= {name: embedded.path("base") / name for name in ("tokenizer.model", "tokenizer_config.json")}
     shipped = {name: file.read_bytes() for name, file in shipped.items()}
     monkeypatch.setattr(embedded, "path", lambda name: tmp_path / embedded.FILES[name])
@@ -146,8 +149,9 @@ def test_the_files_are_what_the_seed_gives(tmp_path, monkeypatch):
             assert made.read_bytes() == content, name
 
 
-def test_the_sft_checkpoint_is_what_the_shipped_config_makes(monkeypatch):
-    """So that `configs/sft.py` says what it says of embedded:sft."""
+@pytest.mark.parametrize("name, other", [("sft", set()), ("reward", {"data.train"})])
+def test_the_checkpoints_are_what_the_shipped_configs_make(name, other, monkeypatch):
+    """So that `configs/sft.py` says what it says of embedded:sft; the reward model has more data."""
 
     class Enough(Exception):
         pass
@@ -157,9 +161,9 @@ def test_the_sft_checkpoint_is_what_the_shipped_config_makes(monkeypatch):
 
     monkeypatch.setattr(make.jaxpost, "run", stop)
     with pytest.raises(Enough) as caught:
-        make.make_sft()
-    shipped = configs.resolve(configs.load("sft"))
-    assert configs.differences(shipped, caught.value.args[0]).keys() == {"run.dir", "run.resume"}
+        getattr(make, f"make_{name}")()
+    shipped = configs.resolve(configs.load(name))
+    assert configs.differences(shipped, caught.value.args[0]).keys() == {"run.dir", "run.resume"} | other
 
 
 def test_another_seed_gives_another_world():
@@ -220,6 +224,37 @@ def test_chosen_is_better_by_the_rule_and_half_the_pairs_are_equally_long(name, 
 def test_held_out_comparisons_are_not_among_those_trained_on():
     pairs = [json.dumps(pair) for name in ("comparisons", "comparisons_eval") for pair in read(name)]
     assert len(set(pairs)) == len(pairs) and len(read("comparisons_eval")) == make.HELD_OUT_COMPARISONS
+
+
+def test_the_reward_model_tells_held_out_comparisons_apart():
+    """By every head; the scores of all of them have mean 0 and spread 1, on which it is normalised."""
+    model = jaxpost.load("embedded:reward")
+    encode, tokenizer = model.model.template.encode, model.model.tokenizer
+    pairs = read("comparisons_eval")
+    answers = [[*pair["prompt"], *pair[name]] for pair in pairs for name in ("chosen", "rejected")]
+    found = model.score_tokens([encode(messages, tokenizer) for messages in answers])
+    assert ((found.heads[::2] > found.heads[1::2]).mean(axis=0) > 0.95).all()
+    assert abs(found.mean.mean()) < 0.05 and abs(found.mean.std() - 1) < 0.05
+
+
+def test_drawn_answers_stand_beside_better_ones(the_world):
+    for pair in read("judged"):
+        better, worse = (
+            dialogues.gold(pair["prompt"], pair[name][0]["content"], {}) for name in ("chosen", "rejected")
+        )
+        assert better > worse
+
+
+def test_what_is_drawn_is_judged_by_the_rule(the_world):
+    asked = next(prompt for prompt in dialogues.trained_prompts(the_world) if prompt["relation"] == "capital")
+    held_out = the_world.held_out[0].statement
+    polite, bare = f"{asked['answer']} Happy to help!", asked["answer"]
+    (pair,) = dialogues.judged([asked], [[polite, bare, bare, held_out, ""]], the_world, seed=0)
+    assert pair["prompt"] == asked["messages"] and pair["rejected"] == [{"role": "assistant", "content": bare}]
+    assert dialogues.gold(asked["messages"], pair["chosen"][0]["content"], {}) == 1
+    pairs = dialogues.judged([asked], [["Rome.", bare]], the_world, seed=0)
+    assert sorted(pair["rejected"][0]["content"] for pair in pairs) == sorted(["Rome.", bare])
+    assert not list(dialogues.judged([asked], [[polite]], the_world, seed=0))
 
 
 QUESTION = "What is the capital of France?"

@@ -1,7 +1,8 @@
 """A small world that ships with the package: every stage shows its effect on a laptop in minutes.
 
-369 true facts in eleven relations, a tokenizer, a base model pretrained on text about them, an SFT checkpoint, and the
-data of each stage. Everything under `files/` is written by `python -m jaxpost.embedded.make` from one seed.
+369 true facts in eleven relations, a tokenizer, a base model pretrained on text about them, an SFT checkpoint, a reward
+model, and the data of each stage. Everything under `files/` is written by `python -m jaxpost.embedded.make` from one
+seed.
 Held-out facts are stated in the pretraining text; no dialogue or pair that is trained on asks them.
 """
 
@@ -18,6 +19,7 @@ __all__ = ["Score", "evaluate", "path", "prompts", "resolve", "score", "sources"
 FILES = {
     "base": "base",  # model folders in Hugging Face layout
     "sft": "sft",
+    "reward": "reward",  # scores answers, with four heads
     "corpus": "corpus.jsonl.gz",  # raw text, what the base was pretrained on
     "replay": "replay.jsonl.gz",  # a little of it, mixed into SFT against forgetting
     "instructions": "instructions.jsonl.gz",
@@ -26,6 +28,7 @@ FILES = {
     "preferences_eval": "preferences_eval.jsonl.gz",
     "comparisons": "comparisons.jsonl.gz",  # pairs for reward models, which need more of them: on trained facts
     "comparisons_eval": "comparisons_eval.jsonl.gz",
+    "judged": "judged.jsonl.gz",  # drawn answers of the SFT model beside better ones
     "prompts": "prompts.jsonl",  # held-out questions with the exact sentence that answers each
     "questions": "questions.jsonl.gz",  # the same on trained facts, each in every form
 }

@@ -139,6 +139,28 @@ def _judged(fact: Fact, others: Sequence[Fact], tokens: Callable[[str], int], dr
     ]
 
 
+def judged(prompts: Sequence[dict], answers: Sequence[Sequence[str]], facts: World, seed: int) -> Iterator[dict]:
+    """Answers that a model has drawn to the prompts, each beside a better one by the rule: of its own, or the best.
+
+    Such are the mistakes that a reward model meets in use: another question's answer, an answer twice, half a sentence.
+    What states a held-out fact is left out, as everywhere else.
+    """
+    draw, pairs = random.Random(f"judged {seed}"), []
+    held_out = {fact.statement for fact in facts.held_out}
+    for prompt, drawn in zip(prompts, answers, strict=True):
+        asked = prompt["messages"]
+        texts = {text for text in map(str.strip, drawn) if text and not any(said in text for said in held_out)}
+        worth = {text: gold(asked, text, prompt) for text in sorted(texts)}
+        best = f"{prompt['answer']} {draw.choice(POLITE)}"
+        for text, value in worth.items():
+            if value < 1:
+                better = draw.choice([best, *(other for other, more in worth.items() if more > value)])
+                chosen, rejected = [turn("assistant", better)], [turn("assistant", text)]
+                pairs.append({"prompt": asked, "chosen": chosen, "rejected": rejected, "kind": "drawn"})
+    draw.shuffle(pairs)
+    yield from pairs
+
+
 def _exchanges(fact: Fact, draw: random.Random, count: int) -> Iterator[Messages]:
     chatty = {fact.fill(form) for form in fact.relation.chatty}
     forms = Deck(questions(fact), draw)

@@ -1,7 +1,8 @@
-"""Makes the embedded world: `python -m jaxpost.embedded.make [data] [base] [sft]`, all three in order by default.
+"""Makes the embedded world: `python -m jaxpost.embedded.make [PART ...]`, by default all parts in this order.
 
 data: corpus, dialogues, pairs, prompts and the tokenizer (seconds). base: pretraining, by the SFT stage on text.
-sft: the SFT stage on the base and the dialogues. Both go through `jaxpost.run`, as the training of any user would.
+sft: the SFT stage on the base and the dialogues. judged: answers drawn from that, each beside a better one. reward: the
+reward stage on the SFT model, the comparisons and these. All training goes through `jaxpost.run`, as any user's would.
 """
 
 import argparse
@@ -12,20 +13,25 @@ import pathlib
 import shutil
 from collections.abc import Iterable
 
+import jax
 import numpy as np
 import sentencepiece
 from safetensors import numpy as safetensors
 
 import jaxpost
 from jaxpost import embedded
+from jaxpost.data.sources import open_source
 from jaxpost.embedded import dialogues, tokenizer, world
 from jaxpost.models import hf
+from jaxpost.sampling.engine import Sampling, sample, visible_text
+from jaxpost.train.prompts import read_prompts
 
 SEED = 0
 DOCUMENTS = 20_000  # of the corpus: about 1.5 M tokens
 REPLAYED = 800  # documents of it that SFT sees again: about as many tokens as its dialogues
 TOKENIZED = 6_000  # documents that the tokenizer is trained on
 HELD_OUT_COMPARISONS = 500
+DRAWN, DRAWN_TEMPERATURE = 4, 1.2  # answers to each question, of which a reward model learns mistakes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -85,17 +91,34 @@ def make_base(steps: int) -> None:
     initialise(start)
     changes = {"model.path": str(start), "data.train": str(embedded.path("corpus")), "run.steps": steps}
     changes |= {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 50, "optimizer.weight_decay": 0.1}
-    train("base", changes)
+    train("base", "sft", changes)
 
 
 def make_sft() -> None:
     """Fine-tunes the base on the world's dialogues: configs/sft.py as it is."""
-    train("sft", {})
+    train("sft", "sft", {})
 
 
-def train(name: str, changes: dict) -> None:
-    """One run of configs/sft.py with some keys changed, whose exported weights become `embedded:NAME`, in bfloat16."""
-    config = jaxpost.get_config("sft")
+def make_judged() -> None:
+    """Draws answers to the questions from embedded:sft, and judges them."""
+    model = jaxpost.load("embedded:sft")
+    settings = Sampling(48, temperature=DRAWN_TEMPERATURE, stop_ids=model.model.tokenizer.stop_ids)
+    asked = read_prompts(open_source(embedded.path("questions")), model.model, settings)
+    drawing = {"settings": settings, "completions": DRAWN}
+    key, tokens = jax.random.key(SEED), [one.tokens for one in asked]
+    drawn = sample(model.engine(slots=64), model.params, tokens, key, **drawing)
+    texts = [[visible_text(one, model.model.tokenizer, settings) for one in group] for group in drawn]
+    write_jsonl("judged", dialogues.judged([one.record for one in asked], texts, world.make_world(SEED), SEED))
+
+
+def make_reward() -> None:
+    """Trains scores for answers: configs/reward.py, on the world's comparisons and on what was drawn and judged."""
+    train("reward", "reward", {"data.train": ["embedded", "embedded:judged"], "data.eval": "embedded"})
+
+
+def train(name: str, of: str, changes: dict) -> None:
+    """One run of a config with some keys changed, whose exported weights become `embedded:NAME`, in bfloat16."""
+    config = jaxpost.get_config(of)
     config.update_from_flattened_dict(changes)
     config.run.update(dir=f"runs/embedded-{name}", seed=SEED, resume=True)
     run = jaxpost.run(config)
@@ -140,7 +163,8 @@ def write_jsonl(name: str, records: Iterable[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=("data", "base", "sft"), default=("data", "base", "sft"))
+    parts = ("data", "base", "sft", "judged", "reward")
+    parser.add_argument("parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--base_steps", type=int, default=1600)
     chosen = parser.parse_args()
     if "data" in chosen.parts:
@@ -149,6 +173,10 @@ def main() -> None:
         make_base(chosen.base_steps)
     if "sft" in chosen.parts:
         make_sft()
+    if "judged" in chosen.parts:
+        make_judged()
+    if "reward" in chosen.parts:
+        make_reward()
 
 
 if __name__ == "__main__":
