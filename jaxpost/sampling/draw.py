@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxpost.types import Array
 
-BLOCK = 128  # probabilities summed at once; the last of the draw's two levels
+BLOCK = 128  # tokens in the last of the two levels in which one is found
 
 
 def penalised(logits: Array, seen: Array, penalty: Array) -> Array:
@@ -34,24 +34,39 @@ def min_p(logits: Array, p: Array) -> Array:
     return _at_least(logits, logits.max(axis=-1) + jnp.log(p))
 
 
+def likeliest(logits: Array) -> Array:
+    """int32[C]: the first of the highest. (jnp.argmax of the whole row is scalar code on CPU, a maximum is not.)"""
+    blocks = _blocks(logits, -jnp.inf)
+    block = jnp.argmax(blocks.max(-1), axis=-1)
+    return (block * BLOCK + jnp.argmax(_of_block(blocks, block), axis=-1)).astype(jnp.int32)
+
+
 def draw(logits: Array, uniform: Array) -> tuple[Array, Array]:
     """(int32[C] tokens, f32[C] their log-probabilities) of softmax(logits), by inversion of its distribution function.
 
     uniform: f32[C] in [0, 1). One number a row in place of one a token: the cost is that of the softmax. Sums are of
     blocks of 128 and then within one, in f32, so probabilities are right to about 1e-7.
     """
-    C, V = logits.shape
     highest = logits.max(axis=-1, keepdims=True)
-    weights = jnp.pad(jnp.exp(logits - highest), ((0, 0), (0, -V % BLOCK))).reshape(C, -1, BLOCK)
+    weights = _blocks(jnp.exp(logits - highest), 0)
     sums = jnp.cumsum(weights.sum(-1), axis=-1)
     total = sums[:, -1]
     wanted = uniform * total
     block = _first_above(sums, wanted)
     before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    within = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    token = block * BLOCK + _first_above(jnp.cumsum(within, axis=-1), wanted - before)
+    token = block * BLOCK + _first_above(jnp.cumsum(_of_block(weights, block), axis=-1), wanted - before)
     logp = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - highest[:, 0] - jnp.log(total)
     return token.astype(jnp.int32), logp
+
+
+def _blocks(x: Array, fill: float) -> Array:
+    """[C, V] in blocks [C, n, 128], the last of them filled up."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=fill).reshape(len(x), -1, BLOCK)
+
+
+def _of_block(blocks: Array, block: Array) -> Array:
+    """[C, 128]: of each row the block `block` [C]."""
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
 def _first_above(sums: Array, wanted: Array) -> Array:

@@ -289,7 +289,7 @@ def choose(filters: Filters, raw: Array, slots: Slots) -> tuple[Array, Array, Ar
     if filters.trie is not None:
         z = jnp.where(allowed(filters.trie, slots.node, filters.stops, z.shape[1]), z, -jnp.inf)
     if filters.temperature is None:
-        token = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        token = draw.likeliest(z)
         return token, _logp(raw, token), jnp.zeros(len(token), jnp.float32)
     plain, z = z is raw, z / filters.temperature
     for keep, limit in ((draw.top_k, filters.top_k), (draw.top_p, filters.top_p), (draw.min_p, filters.min_p)):

@@ -64,13 +64,19 @@ CASES = {
 }
 
 
+def slots_of(keys, seen=None):
+    """Slots that have drawn nothing; `choose` asks no more of them."""
+    fields = dict.fromkeys(Slots.__dataclass_fields__, np.zeros(len(keys), np.int32))
+    return Slots(**fields | {"cache": None, "keys": keys, "seen": seen})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies(name):
     settings = CASES[name]
     seen = np.zeros((DRAWS, V), bool)
     seen[:, SEEN] = True
-    keys, zero = jax.random.split(jax.random.key(7), DRAWS), np.zeros(DRAWS, np.int32)
-    slots = Slots(None, keys, zero, zero, zero, zero, seen if settings.repetition_penalty != 1 else None)
+    seen = seen if settings.repetition_penalty != 1 else None
+    slots = slots_of(jax.random.split(jax.random.key(7), DRAWS), seen)
     filters = jax.tree.map(jnp.asarray, make_filters(settings, V))
     tokens, logps, drawn_logps = jax.jit(choose)(filters, jnp.tile(LOGITS, (DRAWS, 1)), slots)
     expected = numpy_distribution(settings)
@@ -84,8 +90,7 @@ def test_frequencies(name):
 
 def test_greedy_is_the_likeliest_allowed():
     settings = Sampling(temperature=0, logit_bias=((0, -9.0),))
-    zero = np.zeros(2, np.int32)
-    slots = Slots(None, jax.random.split(jax.random.key(0), 2), zero, zero, zero, zero, None)
+    slots = slots_of(jax.random.split(jax.random.key(0), 2))
     filters = jax.tree.map(jnp.asarray, make_filters(settings, V))
     tokens, logps, drawn_logps = choose(filters, jnp.tile(LOGITS, (2, 1)), slots)
     assert tokens.tolist() == [8, 8] and drawn_logps.tolist() == [0, 0]
@@ -112,3 +117,11 @@ def test_thresholds_of_any_size(scale):
     logits = scale * np.random.default_rng(1).standard_normal((3, 40)).astype(np.float32)
     kept = np.isfinite(draw.top_k(jnp.asarray(logits), jnp.int32(7)))
     np.testing.assert_array_equal(kept, logits >= np.sort(logits)[:, -7, None])
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_the_likeliest_is_the_first_of_the_highest(size):
+    logits = np.random.default_rng(0).integers(-9, 3, (40, size)).astype(np.float32)  # with many ties
+    logits[0] = -np.inf
+    logits[1, size // 2 :] = -np.inf
+    np.testing.assert_array_equal(draw.likeliest(jnp.asarray(logits)), logits.argmax(-1))
