@@ -211,7 +211,7 @@ class ScoreConfig:
     """Of the stages that sample: what a completion is worth."""
 
     reward: tuple[str, ...] | None = key(
-        "reward model (run, model folder or embedded:reward) or function pkg.mod:fn(question, answer, record), or several",
+        "reward model (run, folder or embedded:reward) or function pkg.mod:fn(question, answer, record), or several",
         None,
     )
     weights: tuple[float, ...] | None = key("in the sum of several rewards, one each; None = 1 each", None)

@@ -27,7 +27,7 @@ def told(question, answer, record) -> float:
     if answer == "spin":
         re.match(r"(a+)+$", "a" * 64 + "b")  # does not give up the interpreter
     if answer == "children":
-        subprocess.run(["sleep", "3600.125"])
+        subprocess.run(["sleep", f"3600.{os.getppid()}"])
     if answer == "print":
         print("said", input() if sys.stdin.readable() and sys.stdin.read(1) else "")
     return {"nan": float("nan"), "none": None, "text": "1.0", "list": [1], "infinite": -float("inf"), "true": True}.get(

@@ -26,7 +26,7 @@ def told():
 
 
 def processes_of(text: str) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if text in line]
 
 
@@ -64,7 +64,7 @@ def test_a_call_that_fails_costs_its_own_value_alone(told, answer):
     for why in faults.values():
         assert re.fullmatch(FAULTS[answer], why), why
     assert told("abcd")[0].tolist() == [4]  # and there is somebody to call
-    assert not processes_of("3600.125")
+    assert not processes_of(f"3600.{os.getpid()}")
 
 
 def test_hanging_calls_among_many_that_do_not(told):
@@ -154,4 +154,5 @@ def test_what_cannot_be_imported_is_named(path, message, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=f"^{message}"):
         Function(path, "score.path", workers=1, timeout_s=5)
-    assert not processes_of("jaxpost.tasks.function_worker")
+    mine = [line for line in processes_of("jaxpost.tasks.function_worker") if line.split()[0] == str(os.getpid())]
+    assert not mine

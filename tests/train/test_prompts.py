@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -23,17 +22,23 @@ RECORDS = [
 ]
 
 
+def ppo_config(longest: int = 64, **data):
+    values = {"stage": "ppo", "model": {"path": "embedded:sft"}, "score": {"reward": "a:b"}, "run": {"steps": 1}}
+    values["data"] = {"train": "embedded", "cache_dir": "", **data}
+    return configs.resolve(values | {"rollout": {"max_prompt_tokens": longest}})
+
+
 @pytest.fixture
 def opened(tmp_path):
-    """opened(records, **data): the prompts of a file of these."""
+    """opened(records, **data): the prompts of a file of these, and those held out."""
 
-    def opened(records, longest=64, **data) -> Prompts:
+    def opened(records, **data) -> Prompts:
         path = tmp_path / "prompts.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        values = {"train": str(path), "eval_examples": 0, "cache_dir": "", **data}
-        values = {"stage": "sft", "model": {"path": "embedded:sft"}, "data": values, "run": {"steps": 1}}
-        config = configs.resolve(values)
-        return open_prompts(config, open_model(config, None), "train", longest)
+        config = ppo_config(**{"train": str(path), "eval_examples": 0, **data})
+        train, held_out = open_prompts(config, open_model(config, None))
+        assert (held_out is None) == (not config.data.eval_examples)
+        return (train, held_out) if held_out else train
 
     return opened
 
@@ -43,8 +48,7 @@ def test_a_prompt_holds_its_record_and_is_rendered_as_it_is_asked(opened):
     first, last = prompts[0], prompts[1]
     assert len(prompts) == 2 and first.record == RECORDS[0] and last.record == RECORDS[3]
     assert first.question == [USER] and first.example.origin.line == 1 and last.example.origin.line == 4
-    values = {"stage": "sft", "model": {"path": "embedded:sft"}, "data": {"train": "x"}, "run": {"steps": 1}}
-    model = open_model(configs.resolve(values), None)
+    model = open_model(ppo_config(), None)
     assert first.tokens.tolist() == model.template.encode([USER], model.tokenizer, add_generation_prompt=True)
     assert prompts.dataset.report.dropped == {"too_long": 1, "no_messages": 1}
 
@@ -97,13 +101,16 @@ def test_the_order_is_every_prompt_once_an_epoch_and_known_from_the_step(opened)
     assert np.bincount(prompts.order(0, 25, seed=0)).tolist().count(2) >= 5  # a step of more than all there are
 
 
+def test_some_prompts_can_be_held_out(opened):
+    records = [{"prompt": f"Number {n}"} for n in range(10)]
+    train, held_out = opened(records, eval_examples=3)
+    asked = [{one.question for one in part} for part in (train, held_out)]
+    assert (len(train), len(held_out)) == (7, 3) and asked[0] | asked[1] == {record["prompt"] for record in records}
+
+
 def test_the_embedded_world_asks_on_trained_facts_and_evaluates_on_others():
-    values = {"stage": "sft", "model": {"path": "embedded:sft"}, "run": {"steps": 1}}
-    files = {split: embedded.sources([("embedded", 1.0)], "ppo", split)[0][0] for split in ("train", "eval")}
-    config = configs.resolve(values | {"data": {**files, "cache_dir": ""}})
-    model = open_model(config, None)
-    train, held_out = (open_prompts(config, model, split, 64) for split in ("train", "eval"))
-    assert len(train) == len(gzip.decompress(pathlib.Path(files["train"]).read_bytes()).splitlines()) and len(
-        held_out
-    ) == len(embedded.prompts())
+    config = ppo_config()
+    train, held_out = open_prompts(config, open_model(config, None))
+    assert len(train) == len(gzip.decompress(embedded.path("questions").read_bytes()).splitlines())
+    assert len(held_out) == len(embedded.prompts())
     assert not {one.record["answer"] for one in train} & {one.record["answer"] for one in held_out}
