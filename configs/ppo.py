@@ -6,9 +6,11 @@
 Paper: Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347); for language models Ouyang et al. 2022,
 InstructGPT (https://arxiv.org/abs/2203.02155). docs/ppo.md has every detail of the published implementations.
 
-Trains: the embedded SFT model on questions about trained facts, by the world's own rule: an answer is worth 1 where it
-is right and polite, 0.5 where it is right.
-Expected:     5 steps take held-out questions from 0.48 to 0.76 (100 seconds of 2 CPU cores).
+Trains: the embedded SFT model on questions about trained facts, by the embedded reward model, which never saw the rule
+of the world: an answer is worth 1 where it is right and polite, 0.5 where it is right (the gold score).
+Expected:     the gold score of held-out questions goes from 0.48 to 0.78, that of the training prompts from 0.54 to 0.9,
+              at a KL of 2 nats an answer (docs/claims/ppo.md).
+Time:         30 steps take under three minutes of CPU time.
 Command:      python -m jaxpost.main --config=configs/ppo.py
 One trunk:    python -m jaxpost.main --config=configs/ppo.py --config.value.model=head
 Adaptive KL:  python -m jaxpost.main --config=configs/ppo.py --config.kl.controller=adaptive --config.kl.target=4
@@ -36,7 +38,7 @@ def get_config() -> ConfigDict:
     config.data.eval_examples = 110  # prompts; 0 = none
 
     config.score = ConfigDict()
-    config.score.reward = "jaxpost.embedded.dialogues:gold"  # reward model (run or model folder), or pkg.mod:fn
+    config.score.reward = "embedded:reward"  # reward model (run or model folder), or pkg.mod:fn
     config.score.gold = "jaxpost.embedded.dialogues:gold"  # as score.reward, never trained on; None = none
     config.score.missing_eos_penalty = 1.0  # taken off an answer that did not end by itself
 
@@ -81,15 +83,15 @@ def get_config() -> ConfigDict:
     config.batch.tokens_per_row = 512  # tokens; a prompt with all its answers, or as many as fit
     config.batch.documents_per_row = 16  # most prompts packed into a row
 
-    config.halt_when = ("kl > 25", "length > 1.5x start", "gold falls while reward rises over 20")  # end the run
+    config.halt_when = ("kl > 20", "length > 1.5x start", "gold falls while reward rises over 20")  # end the run
     config.warn_when = ("reward_std < 1e-6 for 5", "no_eos > 0.5")  # rules that only warn (train/watch.py)
 
     config.run = ConfigDict()
     config.run.dir = None  # may be gs://; None: a new folder runs/ppo-N
-    config.run.steps = 60  # of drawing and learning
+    config.run.steps = 30  # of drawing and learning
     config.run.seed = 0  # 0 .. 2**31 - 1
     config.run.eval_every = 0  # steps; 0 = only at the end
     config.run.eval_prompts = 4  # held-out prompts whose answers are shown, before and after
-    config.run.checkpoint_every = 20  # steps; 0 = only at the end
+    config.run.checkpoint_every = 10  # steps; 0 = only at the end
     config.run.resume = False  # True: go on from the newest checkpoint of run.dir
     return config
