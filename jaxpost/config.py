@@ -252,10 +252,14 @@ def _rollout_contradictions(c: Config):
     elif c.score.weights is not None and len(c.score.weights) != len(c.score.reward):
         given = f"{len(c.score.weights)} for the {len(c.score.reward)} rewards of score.reward"
         yield "score.weights", f"{given}; give one each"
+    if c.score.missing_eos_score is not None and c.score.missing_eos_penalty:
+        yield "score.missing_eos_score", "stands in the score's place, and score.missing_eos_penalty is off it; set one"
     if c.run.steps is None:
         yield "run.steps", "missing; a stage that samples counts steps, not epochs"
     if c.model.adapter is not None:
         yield "model.adapter", "somebody else's model only trains; nothing can be drawn from it"
+    if c.lora.dropout:
+        yield "lora.dropout", f"{c.lora.dropout}, but what draws has none, and must be what learns; set 0"
     if c.batch.accumulate != 1:
         yield "batch.accumulate", f"{c.batch.accumulate}, but as many microbatches of batch.rows_per_step as needed are"
     if c.reference.mode == "moving":

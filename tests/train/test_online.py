@@ -290,6 +290,8 @@ def test_rewards_all_equal_are_warned_of(given, tmp_path, caplog):
             {"sampling.engine": "http", "sampling.url": "http://x", "sampling.reload": "true", "sampling.top_p": 0.9},
             r"sampling\.top_p: 0\.9, but a server does not say how likely its draws were under filters",
         ),
+        ({"lora": {"rank": 4, "dropout": 0.1}}, r"lora\.dropout: 0\.1, but what draws has none"),
+        ({"score.missing_eos_score": -1.0, "score.missing_eos_penalty": 1.0}, r"score\.missing_eos_score: stands in"),
         ({"batch.accumulate": 2}, r"batch\.accumulate: 2, but as many microbatches"),
         ({"value.path": "embedded:sft"}, r"value\.path: a head on the policy"),
         ({"run.steps": None, "run.epochs": 1}, r"run\.steps: missing"),

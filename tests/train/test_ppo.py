@@ -12,6 +12,8 @@ import jaxpost
 from jaxpost import config as configs
 from jaxpost.losses import policy as policy_losses
 from jaxpost.models.policy import Policy
+from jaxpost.ops.completions import at_tokens
+from jaxpost.rl import rewards
 from jaxpost.sampling.engine import Sampling, sample
 from jaxpost.sampling.local import LocalEngine
 from jaxpost.sharding import batch_sharding, make_mesh, named_shardings
@@ -143,11 +145,11 @@ def test_estimates_equal_a_loop(policy, value, params, rollout):
     for row, m, n in zip(*np.nonzero(batch.completion["scored"]), strict=True):
         inside = (batch.rows.segments[row] == m + 1) & (batch.rows.branches[row] == n + 1) & (mask[row] > 0)
         logps, values, reference = (said[name][row, inside] for name in ("old_logps", "old_values", "reference_logps"))
-        rewards = -0.05 * (logps - reference)
-        rewards[-1] += batch.completion["score"][row, m, n] - 0.5 * (1 - batch.completion["ended"][row, m, n])
-        advantages, after, value_after = np.zeros(len(rewards)), 0.0, 0.0
-        for t in reversed(range(len(rewards))):
-            delta = rewards[t] + 0.97 * value_after - values[t]
+        given = -0.05 * (logps - reference)
+        given[-1] += batch.completion["score"][row, m, n] - 0.5 * (1 - batch.completion["ended"][row, m, n])
+        advantages, after, value_after = np.zeros(len(given)), 0.0, 0.0
+        for t in reversed(range(len(given))):
+            delta = given[t] + 0.97 * value_after - values[t]
             after = delta + 0.97 * 0.95 * after
             advantages[t], value_after = after, values[t]
         np.testing.assert_allclose(found.token["advantages"][row, inside], advantages, atol=1e-5)
@@ -213,3 +215,77 @@ def test_groups_that_do_not_fit_in_a_row_are_split(rollout):
     assert found == [c.tokens.tolist() for group in rollout.completions for c in group]
     scored = [s for part in parts for s in part.completion["scored"]]
     assert scored.count(0.0) == 1 and scored[4] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "without"), [({"score.missing_eos_penalty": 0.5}, 0.0 - 0.5), ({"score.missing_eos_score": -7.0}, -7.0)]
+)
+def test_scores_are_normalised_clipped_then_penalised(policy, value, changes, without):
+    """Penalties are in the units of what the policy learns from; a fixed score for no end replaces all before it."""
+    changes = {"score.missing_eos_penalty": 0.0, "score.normalize": True, "score.clip": 1.0, **changes}
+    ppo = ppo_of(settings(**changes, **{"score.length_penalty": 0.1, "score.free_tokens": 5}), policy, value)
+    raw, lengths, ended = jnp.array([[[1.0, 3.0, 9.0]]]), jnp.array([[[4.0, 6.0, 8.0]]]), jnp.array([[[1.0, 0.0, 1.0]]])
+    seen = rewards.observe(rewards.Moments.none(), jnp.array([1.0, 3.0, 5.0]))  # mean 3, deviation 2
+    found = ppo.shaped(raw, ended, lengths, seen)
+    np.testing.assert_allclose(found, [[[-1.0, without - 0.1, 1.0 - 0.3]]], rtol=1e-6)
+
+
+def batch_that_says(rollout, config):
+    """Its batch, with what the models say made up."""
+    batch, _ = to_batch(rollout, config.batch, branches=G, minibatches=2)
+    rng, names = np.random.default_rng(1), ("old_logps", "old_values", "reference_logps", "entropy")
+    said = {name: rng.normal(size=batch.rows.tokens.shape).astype(np.float32) for name in names}
+    return dataclasses.replace(batch, token=batch.token | said)
+
+
+def penalised(config, batch):
+    """[B, M, N]: the scores less the penalty for no end."""
+    return batch.completion["score"] - config.score.missing_eos_penalty * (1 - batch.completion["ended"])
+
+
+def test_whitened_rewards_keep_their_mean(policy, value, rollout):
+    """At gamma = lambda = 1 a return is the sum of the rewards to come."""
+    config = settings(**{"ppo.whiten_rewards": True, "ppo.lam": 1.0})
+    ppo = ppo_of(config, policy, value)
+    batch = batch_that_says(rollout, config)
+    found, _, _ = jax.jit(ppo.estimate)(ppo.begin(), batch)
+    mask, said = batch.rows.weights > 0, batch.token
+    last = mask & ~np.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    raw = -0.05 * (said["old_logps"] - said["reference_logps"])
+    raw[last] += np.asarray(at_tokens(penalised(config, batch), batch.rows))[last]
+    whitened = (raw - raw[mask].mean()) / raw[mask].std(ddof=1) + raw[mask].mean()
+    returns = np.zeros_like(raw)
+    for t in reversed(range(raw.shape[1])):
+        after = np.where(last[:, t], 0.0, returns[:, t + 1] if t + 1 < raw.shape[1] else 0.0)
+        returns[:, t] = whitened[:, t] + after
+    np.testing.assert_allclose(found.token["returns"][mask], returns[mask], atol=1e-4)
+
+
+def test_kl_and_entropy_as_terms_of_the_loss(policy, value, params, rollout):
+    config = settings(**{"kl.where": "loss", "kl.estimator": "k2", "ppo.entropy_coef": 0.01, "ppo.lam": 1.0})
+    ppo = ppo_of(config, policy, value)
+    batch = batch_that_says(rollout, config)
+
+    @jax.jit
+    def all_of_it(params, batch):
+        batch, carry, _ = ppo.estimate(ppo.begin(), batch)
+        return batch, ppo.says(params, {}, batch)[0], ppo.objective(params, {}, carry, batch, None)[0]
+
+    batch, stats, terms = all_of_it(params, batch)
+    mask = batch.rows.weights > 0
+    scores = np.asarray(at_tokens(penalised(config, batch), batch.rows))
+    np.testing.assert_allclose(batch.token["returns"][mask], scores[mask], atol=1e-5)  # no KL in the reward
+    assert (terms["kl"].coefficient, terms["entropy"].coefficient) == (pytest.approx(0.05), -0.01)
+    k2 = 0.5 * (stats.logps - batch.token["reference_logps"])[mask] ** 2
+    np.testing.assert_allclose(terms["kl"].mean.value, k2.mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms["entropy"].mean.value, stats.entropy[mask].mean(), rtol=1e-5)
+
+
+def test_the_value_model_has_a_rate_of_its_own():
+    params = {"policy": {"weight": jnp.ones(2)}, "value": {"weight": jnp.ones(2)}}
+    axes = {"policy": {"weight": ("embed",)}, "value": {"weight": ("embed",)}}
+    optimizer = make_ppo_optimizer(settings(**{"value.learning_rate_scale": 0.25}), params, axes).transform
+    gradients = jax.tree.map(jnp.ones_like, params)
+    changes, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(changes["value"]["weight"], 0.25 * changes["policy"]["weight"], rtol=1e-6)
+    assert (changes["value"]["weight"] < 0).all()
