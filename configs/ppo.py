@@ -8,8 +8,8 @@ InstructGPT (https://arxiv.org/abs/2203.02155). docs/ppo.md has every detail of 
 
 Trains: the embedded SFT model on questions about trained facts, by the embedded reward model, which never saw the rule
 of the world: an answer is worth 1 where it is right and polite, 0.5 where it is right (the gold score).
-Expected:     the gold score of held-out questions goes from 0.48 to 0.78, that of the training prompts from 0.54 to 0.9,
-              at a KL of 2 nats an answer (docs/claims/ppo.md).
+Expected:     the gold score of held-out questions goes from 0.48 to 0.78, that of the training prompts from 0.54 to
+              0.9, at a KL of 2 nats an answer (docs/claims/ppo.md).
 Time:         30 steps take under three minutes of CPU time.
 Command:      python -m jaxpost.main --config=configs/ppo.py
 One trunk:    python -m jaxpost.main --config=configs/ppo.py --config.value.model=head
