@@ -16,7 +16,7 @@ def words(question, answer, record) -> float:
 
 
 def embedded_ppo() -> list[tuple]:
-    """PPO from the embedded reward model (configs/ppo.py), three seeds; the gold score is the world's own rule.
+    """PPO from the embedded reward model (configs/ppo.py), three seeds; gold is the world's own rule, which PPO never sees.
 
     The distance left to the gold score's maximum, 1, is that of the first completions of held-out questions, sampled as
     in training. Hacked: the KL coefficient at 0, and a reward that pays for every word besides; the rules that end it
