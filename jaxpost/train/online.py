@@ -109,21 +109,9 @@ def fit_online(
         table(config, mesh, model, rollouts.prompts, abstract, start)
         evaluator = evaluator(whole)
         before = first_evaluation(folder, evaluator, state, metrics, start)
-        loop = OnlineLoop(
-            config,
-            folder,
-            mesh,
-            model,
-            rollouts,
-            evaluator,
-            learn,
-            shardings,
-            frozen,
-            checkpoints,
-            metrics,
-            whole,
-            watch,
-        )
+        parts = {"config": config, "folder": folder, "mesh": mesh, "rollouts": rollouts, "learn": learn}
+        parts |= {"frozen": frozen, "watch": watch, "shardings": shardings, "evaluator": evaluator, "whole": whole}
+        loop = OnlineLoop(**parts, checkpoints=checkpoints, metrics=metrics)
         state, finished = loop.run(state, start, total, extra)
         after = loop.evaluation or evaluator(state)
         end_tables(before, after)
@@ -157,32 +145,27 @@ def _everywhere(mesh):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+@dataclasses.dataclass
 class OnlineLoop:
-    """Steps from `start` to `total`, with everything that happens between them."""
+    """Steps from `start` to `total`, with everything that happens between them. Fields as in `fit_online`."""
 
-    def __init__(
-        self,
-        config,
-        folder,
-        mesh,
-        model,
-        rollouts,
-        evaluator,
-        learn,
-        shardings,
-        frozen,
-        checkpoints,
-        metrics,
-        whole,
-        watch,
-    ):
-        self.whole, self.watch = whole, watch
-        self.drawer = 0  # identity of the weights that drew the newest rollout
-        self.config, self.folder, self.mesh, self.model = config, folder, mesh, model
-        self.rollouts, self.evaluator, self.frozen = rollouts, evaluator, frozen
-        self.learn, self.shardings, self.programs = learn, shardings, {}
-        self.checkpoints, self.metrics = checkpoints, metrics
-        self.evaluation, self.halted, self.alarms = None, None, {}
+    config: Any
+    folder: Any
+    mesh: Any
+    rollouts: Rollouts
+    learn: Callable
+    frozen: dict[str, Any]
+    watch: Watch
+    shardings: Any  # of the TrainState
+    evaluator: Callable[[Any], Evaluation]
+    checkpoints: Checkpointer
+    metrics: MetricsLog
+    whole: Callable[[Any], Any]  # parameters that train -> all of the policy's
+    drawer: int = 0  # identity of the weights that drew the newest rollout
+    evaluation: Evaluation | None = None  # the newest, and only while it is that of the present weights
+    halted: str | None = None
+    alarms: dict[int, str] = dataclasses.field(default_factory=dict)  # rules by step
+    programs: dict[int, Callable] = dataclasses.field(default_factory=dict)  # by microbatches of a minibatch
 
     def run(self, state, start: int, total: int, extra: dict):
         """(state, finished). Stops after the present step, saved, when SIGTERM comes, and where a rule says so."""

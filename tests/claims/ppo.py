@@ -16,11 +16,12 @@ def words(question, answer, record) -> float:
 
 
 def embedded_ppo() -> list[tuple]:
-    """PPO from the embedded reward model (configs/ppo.py), three seeds; gold is the world's own rule, which PPO never sees.
+    """PPO from the embedded reward model (configs/ppo.py), three seeds.
 
-    The distance left to the gold score's maximum, 1, is that of the first completions of held-out questions, sampled as
-    in training. Hacked: the KL coefficient at 0, and a reward that pays for every word besides; the rules that end it
-    are those of configs/ppo.py, which end no honest run. Gold over a run is that of the training prompts.
+    Gold is the world's own rule, by which the reward model's comparisons were made and which PPO never sees; the
+    distance left to its maximum, 1, is that of the first completions of held-out questions, sampled as in training.
+    Flawed: the KL coefficient at 0, and a reward that pays for every word besides; the rules that end it are those of
+    configs/ppo.py, which end no honest run. Gold over a run is that of the training prompts.
     """
     rows = []
     for seed in SEEDS:
