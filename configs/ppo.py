@@ -7,9 +7,9 @@ Paper: Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347); for 
 InstructGPT (https://arxiv.org/abs/2203.02155). docs/ppo.md has every detail of the published implementations.
 
 Trains: the embedded SFT model on questions about trained facts, by the embedded reward model, which learnt from
-comparisons. PPO never sees the gold score: 1 where an answer is right and polite, 0.5 where right.
-Expected:     gold scores go from 0.48 to 0.78 on held-out questions and from 0.54 to 0.9 on those of the training,
-              at a KL of 2 nats an answer (docs/claims/ppo.md).
+comparisons. PPO never sees the gold score: 1 where an answer is right and polite, 0.5 where it is right.
+Expected:     gold goes from 0.48 to 0.78 on held-out questions and from 0.54 to 0.9 on those of the training, at a KL
+              of 2 nats an answer (docs/claims/ppo.md).
 Time:         30 steps take under three minutes of CPU time.
 Command:      python -m jaxpost.main --config=configs/ppo.py
 One trunk:    python -m jaxpost.main --config=configs/ppo.py --config.value.model=head
