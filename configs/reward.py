@@ -14,8 +14,8 @@ Expected:     at first half of the 500 held-out pairs are in the right order, af
 Time:         about two and a half minutes on 2 CPU cores.
 Command:      python -m jaxpost.main --config=configs/reward.py
 One head:     python -m jaxpost.main --config=configs/reward.py --config.model.score_heads=1    (first loss: ln 2)
-Ensembles:    heads on one trunk agree even on what they have never seen; models of several seeds, each with one head
-              and reward.init_std=4, do not (docs/claims/ensemble.md): jaxpost.train.scores.joined
+Ensembles:    heads on one trunk agree even on what they have never seen; models of three seeds, each with one head and
+              reward.init_std=4, differ 5.4 times as much there (docs/claims/ensemble.md): jaxpost.train.scores.joined
 Rankings:     python -m jaxpost.main --config=configs/reward.py --config.loss.name=all_pairs --config.data.train=FILE
 Others:       loss.name=regression fits the data's own scores; process judges the steps of answers (their labels); as
               plackett_luce they know no smoothing of labels: loss.label_smoothing=None
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.path = "embedded:sft"  # folder in Hugging Face layout: a language model, or a reward model to train on
-    config.model.score_heads = 4  # scalar heads on one trunk: an ensemble with mean, minimum and spread
+    config.model.score_heads = 4  # scalar heads on one trunk, with mean, minimum and spread; see the top
 
     config.data = ConfigDict()
     config.data.train = "embedded"  # path or list of paths: pairs or rankings; `embedded`: see the top
