@@ -98,6 +98,14 @@ def test_the_server_draws_by_the_weights_that_learn(whole):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_adapters_reach_the_server_worked_into_the_base(given, tmp_path):
+    changes = {"lora": {"rank": 4, "alpha": 8.0}, "data.eval_examples": 0, "optimizer.learning_rate": 1e-2}
+    with ModelServer() as server:
+        run = jaxpost.run(http_config(given, server, tmp_path / "run", changes, steps=2))
+    assert len(server.loads) == 2  # by the base, by the first update
+    assert all(row["sampler_trainer_gap"] < 1e-4 for row in train_rows(run)) and train_rows(run)[1]["kl"] > 1e-4
+
+
 def died(given, tmp_path, last: int, changes=None, **run):
     """The config of a run whose server went away after so many completions; it was started from the command line."""
     with ModelServer(last=last) as server:
