@@ -65,9 +65,10 @@ def extend(kv: KV, layer: Array | None, k: Array, v: Array, positions: Array, dt
 
     layer: of a stacked KV. Returns (k, v [B, K, S, h] in `dtype` to attend to, the KV with them).
     """
-    batch, slots = jnp.arange(len(positions))[:, None], kv.k.shape[-2]
-    at = jnp.where(positions < 0, slots, positions % slots)  # out of bounds: dropped
-    index = (batch, slice(None), at) if layer is None else (layer, batch, slice(None), at)
+    batch, heads, slots = jnp.arange(len(positions))[:, None, None], jnp.arange(k.shape[2]), kv.k.shape[-2]
+    at = jnp.where(positions < 0, slots, positions % slots)[:, :, None]  # out of bounds: dropped
+    # Head by head: for updates that span them the TPU compiler would turn the whole cache around and back.
+    index = (batch, heads, at) if layer is None else (layer, batch, heads, at)
     write = lambda old, new: old.at[index].set(new, mode="drop")  # noqa: E731
     own = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
     if kv.scales is None:
