@@ -92,6 +92,6 @@ def get_config() -> ConfigDict:
     config.run.seed = 0  # 0 .. 2**31 - 1
     config.run.eval_every = 0  # steps; 0 = only at the end
     config.run.eval_prompts = 4  # held-out prompts whose answers are shown, before and after
-    config.run.checkpoint_every = 10  # steps; 0 = only at the end
+    config.run.checkpoint_every = 5  # steps; 0 = only at the end
     config.run.resume = False  # True: go on from the newest checkpoint of run.dir
     return config

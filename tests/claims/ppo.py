@@ -7,7 +7,7 @@ import jaxpost
 from tests.claims.runs import SEEDS
 
 MOST_SECONDS = 300  # of 2 cores
-FLAW = 0.2  # points that the flawed reward gives for a word
+FLAW = 0.3  # points that the flawed reward gives for a word
 
 
 def words(question, answer, record) -> float:
