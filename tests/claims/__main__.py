@@ -1,5 +1,6 @@
 """`python -m tests.claims [NAME ...]`: all that can be run here, or the ones named."""
 
+import inspect
 import pathlib
 import sys
 
@@ -25,7 +26,7 @@ NEED_SHARED = ("demo", "real", "reward", "ensemble", "reward_real")
 
 def write(name: str, rows: list[tuple]) -> bool:
     """docs/claims/NAME.md; whether every claim held."""
-    lines = [f"# {name}", "", CLAIMS[name].__doc__.strip(), "", f"`python -m tests.claims {name}`, 2 CPU cores", ""]
+    lines = [f"# {name}", "", inspect.getdoc(CLAIMS[name]), "", f"`python -m tests.claims {name}`, 2 CPU cores", ""]
     lines += ["| what | run | measured | claimed | held |", "|---|---|---|---|---|"]
     lines += [
         f"| {what} | {how} | {value:.4f} | {claim} | {'yes' if held else '**no**'} |"
