@@ -16,7 +16,7 @@ import pathlib
 import statistics
 
 import workload
-from runs import SHARED, TOKENIZER, Run, markdown, measure
+from measuring import SHARED, TOKENIZER, Run, markdown, measure
 
 QUESTIONS = SHARED / "gsm8k" / "train.jsonl"
 TARGETS = {"equal": 1.5, "gsm8k": 3.0}  # new tokens a second beside the best run of Tunix, at temperature 1

@@ -15,7 +15,7 @@ import os
 import pathlib
 
 import workload
-from runs import SHARED, TOKENIZER, Run, markdown, measure
+from measuring import SHARED, TOKENIZER, Run, markdown, measure
 
 PAIRS = SHARED / "hh_rlhf" / "pairs.jsonl.gz"
 TARGETS = {  # workload -> (peer, quantity, bound): what jaxpost is held to against the best run of that peer
