@@ -68,14 +68,11 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
         stack.callback(checkpoints.close)
         stack.callback(data.close)
         stack.enter_context(jax.set_mesh(mesh))
-        start, extra = checkpoints.latest() if resume else None, {"num_tokens": 0}
-        if resume and start is None:
-            log.warning("run.resume: no checkpoint in %s yet; starting afresh", folder)
-        if start is None:
-            state = jax.jit(init, donate_argnums=(0, 1), out_shardings=shardings)(model.load(), carry.load())
-        else:
-            state, extra = checkpoints.restore(with_shardings(abstract, shardings))
-            loader = train_loader(config, data, extra.get("plan"))
+        fresh = jax.jit(init, donate_argnums=(0, 1), out_shardings=shardings)
+        kept = with_shardings(abstract, shardings)
+        state, extra = first_state(checkpoints, resume, folder, kept, lambda: fresh(model.load(), carry.load()))
+        if "plan" in extra:
+            loader = train_loader(config, data, extra["plan"])
         start = int(state.step)
         inputs.record(folder, inputs.describe(config, model, data))
         write_config(folder, config)
@@ -105,6 +102,15 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
             result.export(folder / "export")
             log.info("exported to %s", folder / "export")
     return result
+
+
+def first_state(checkpoints: Checkpointer, resume: bool, folder, abstract, fresh):
+    """(the state that a run begins with, what is kept beside it): of the newest checkpoint, else what `fresh` makes."""
+    if resume and checkpoints.latest() is not None:
+        return checkpoints.restore(abstract)
+    if resume:
+        log.warning("run.resume: no checkpoint in %s yet; starting afresh", folder)
+    return fresh(), {"num_tokens": 0}
 
 
 def state_layout(init, model, mesh, carry):

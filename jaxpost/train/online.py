@@ -25,7 +25,7 @@ from jaxpost.train.checkpoint import Checkpointer, checksum
 from jaxpost.train.evaluation import Evaluation
 from jaxpost.train.folder import write_config
 from jaxpost.train.frontier import write_frontier
-from jaxpost.train.loop import first_evaluation, state_layout, stop_signal
+from jaxpost.train.loop import first_evaluation, first_state, state_layout, stop_signal
 from jaxpost.train.metrics import MetricsLog, open_writers
 from jaxpost.train.progress import Progress, print_table
 from jaxpost.train.report import GIB, end_tables, state_bytes
@@ -90,13 +90,9 @@ def fit_online(
         stack.callback(checkpoints.close)
         stack.callback(rollouts.close)
         stack.enter_context(jax.set_mesh(mesh))
-        start, extra = checkpoints.latest() if resume else None, {"num_tokens": 0}
-        if resume and start is None:
-            log.warning("run.resume: no checkpoint in %s yet; starting afresh", folder)
-        if start is None:
-            state = jax.jit(init, donate_argnums=0, out_shardings=shardings)(trained.load(), begin())
-        else:
-            state, extra = checkpoints.restore(with_shardings(abstract, shardings))
+        fresh = jax.jit(init, donate_argnums=0, out_shardings=shardings)
+        kept = with_shardings(abstract, shardings)
+        state, extra = first_state(checkpoints, resume, folder, kept, lambda: fresh(trained.load(), begin()))
         start = int(state.step)
         described = inputs.describe(config, model, rollouts.prompts.dataset)
         inputs.record(folder, described | {"reward": rollouts.scorer.fingerprint})
@@ -261,7 +257,7 @@ class OnlineLoop:
         extra = {"num_tokens": self.tokens, "drawer": self.drawer}
         reward = self.evaluation.metrics.get("reward") if self.evaluation else None
         self.checkpoints.save(step, state, extra, to_dict(self.config), None if reward is None else -reward)
-        kept = min((s for s in self.checkpoints.steps()), default=step)
+        kept = min(self.checkpoints.steps(), default=step)
         self.rollouts.journal.prune(min(kept, step - self.config.rollout.keep))
 
     def keep(self, state, step: int):

@@ -162,11 +162,10 @@ def _fitting(prompt: int, group, tokens_per_row: int) -> list[list[int]]:
 def _document(asked: Asked, index: int, members: list[int], group, scores) -> Document:
     chosen = [group[n] for n in members]
     scored = np.isfinite(scores[members])
-    kind = {True: np.ones, False: np.zeros}
     return Document(
         prompt=asked.tokens,
         completions=tuple(completion.tokens for completion in chosen),
-        weights=tuple(kind[bool(s)](len(c.tokens), np.float32) for c, s in zip(chosen, scored, strict=True)),
+        weights=tuple(np.full(len(c.tokens), s, np.float32) for c, s in zip(chosen, scored, strict=True)),
         example_id=index,
         origin=asked.example.origin,
         token={
