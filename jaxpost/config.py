@@ -9,6 +9,7 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -175,10 +176,14 @@ def _contradictions(c: Config):
         rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
         yield rest[1], f"-1 (the rest) may stand for one axis only, and {rest[0]} has it"
     # -1 counts as 1 here: the mesh checks the rest
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
+    over = ("slices", "data", "fsdp", "expert")
+    shards = math.prod(max(getattr(mesh, axis), 1) for axis in over)
     if batch.rows_per_step // batch.accumulate % shards:
         rows = f"{batch.rows_per_step // batch.accumulate} rows of a microbatch"
-        yield "batch.rows_per_step", f"mesh.data x mesh.fsdp x mesh.expert = {shards} devices do not divide the {rows}"
+        axes = " x ".join(f"mesh.{axis}" for axis in over)
+        yield "batch.rows_per_step", f"{axes} = {shards} devices do not divide the {rows}"
+    if batch.tokens_per_row % max(mesh.context, 1):
+        yield "batch.tokens_per_row", f"{batch.tokens_per_row} tokens do not divide by mesh.context={mesh.context}"
     if run.eval_every and c.data.eval is None and not c.data.eval_examples:
         yield "run.eval_every", f"{run.eval_every}, but data.eval is None and data.eval_examples is 0"
     for name, value in (("export", False), ("eval_prompts", 0)):

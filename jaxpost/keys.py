@@ -28,6 +28,7 @@ class ModelConfig:
     path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
     adapter: str | None = key("dotted path to a function of model.path that returns a models.adapter.Adapter", None)
     balance_loss: float | None = key("weight of the experts' load-balancing loss; None = config.json's", None, low=0)
+    kernels: Literal["auto", "xla", "pallas"] = key("of attention and experts; auto = pallas on TPU, else xla", "auto")
     score_heads: int | None = key("reward: scalar heads on one trunk; None = 1, or those of model.path", None, low=1)
 
 
@@ -295,10 +296,12 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slices: int = key("TPU slices, each with a copy of all; only gradients cross between them", 1, low=-1)
     data: int = key("devices along `data` (weights copied); -1 = the rest", 1, low=-1)
     fsdp: int = key("devices along `fsdp` (weights and optimizer state split); -1 = the rest", -1, low=-1)
-    tensor: int = key("devices along `tensor` (heads and mlp split); -1 = the rest", 1, low=-1)
     expert: int = key("devices along `expert` (rows and a mixture's experts split); -1 = the rest", 1, low=-1)
+    context: int = key("devices along `context` (tokens of a row split); -1 = the rest", 1, low=-1)
+    tensor: int = key("devices along `tensor` (heads, mlp and vocabulary split); -1 = the rest", 1, low=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxpost.models.config import ModelConfig
 from jaxpost.sharding.rules import constrain
 from jaxpost.types import Array, record
 
-AXES = ("batch", "kv_heads", "length", "head_dim")
+AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 
 @record

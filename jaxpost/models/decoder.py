@@ -13,7 +13,8 @@ from jaxpost.models.cache import Cache, extend, key_positions
 from jaxpost.models.config import Layer, ModelConfig, stack_row
 from jaxpost.models.lora import PREFIX, Lora, column_norms, delta
 from jaxpost.models.quantize import weight_of
-from jaxpost.ops.attention import Places, attention, cached_attention
+from jaxpost.models.sharded import attend, gathered, lookup
+from jaxpost.ops.attention import Places, cached_attention
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
 from jaxpost.sharding.rules import constrain, partition_spec
@@ -25,6 +26,7 @@ REMAT = {  # what the backward pass may keep instead of computing it again; None
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+EXPERT_AXES = {name: ("experts", "embed", "mlp") for name in ("gate", "up")} | {"down": ("experts", "mlp", "embed")}
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -46,7 +48,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = math.prod(self.shape[: self.inputs])
-        weight = self._weight().reshape(width, -1)
+        weight = gathered(self._weight(), self.axes).reshape(width, -1)
         flat = x.reshape(-1, width)
         y = flat @ weight
         if self.lora is not None:
@@ -158,12 +160,10 @@ class MoE(nn.Module):
         D, E, f = self.config.embed_dim, self.config.experts.count, self.config.experts.mlp_dim
         router = Linear((D, E), ("embed", "router"), self.dtype, name="router")
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=0)
-        axes = {"gate": ("experts", "embed", "mlp"), "up": ("experts", "embed", "mlp")}
-        axes["down"] = ("experts", "mlp", "embed")
         sizes = {"experts": E, "embed": D, "mlp": f}
         weights = [
             _Table(nn.with_logical_partitioning(init, names), tuple(sizes[n] for n in names), name=name)()
-            for name, names in axes.items()
+            for name, names in EXPERT_AXES.items()
         ]
         logits = router(x).astype(jnp.float32)
         return self._mixed(x, logits, *(weight.astype(self.dtype) for weight in weights)), logits
@@ -176,16 +176,18 @@ class MoE(nn.Module):
             return self._own(x, logits, *weights)
         sizes, E = dict(mesh.shape), self.config.experts.count
         rows = partition_spec(("batch", "length", "hidden"), x.shape, sizes)
-        wide, narrow = ("experts", None, "mlp"), ("experts", "mlp", None)
-        specs = [partition_spec(a, w.shape, sizes) for a, w in zip((wide, wide, narrow), weights, strict=True)]
+        specs = [partition_spec(a, w.shape, sizes) for a, w in zip(EXPERT_AXES.values(), weights, strict=True)]
 
         def local(x, logits, *weights):
             x, logits = (jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, logits))
+            dims = [axes.index("embed") for axes in EXPERT_AXES.values()]  # their gradients leave as they came
+            weights = [jax.lax.all_gather(w, "fsdp", axis=d, tiled=True) for w, d in zip(weights, dims, strict=True)]
             first = jax.lax.axis_index("expert") * (E // sizes["expert"])
             out = self._own(x, logits, *weights, first_expert=first)
             return jax.lax.psum(jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True), "tensor")
 
-        return jax.shard_map(local, in_specs=(rows, rows, *specs), out_specs=rows)(x, logits, *weights)
+        mapped = jax.shard_map(local, in_specs=(rows, rows, *specs), out_specs=rows, check_vma=False)
+        return mapped(x, logits, *weights)
 
     def _own(self, x, logits, *weights, first_expert=0):
         e, tokens = self.config.experts, math.prod(x.shape[:2])
@@ -238,6 +240,7 @@ class Decoder(nn.Module):
     dtype: str
     remat: str  # a key of REMAT
     lora: Lora | None
+    kernels: str  # xla | pallas | interpret
     unroll: bool  # straight code instead of a loop: 10 % quicker on CPU, slow to compile for deep models
 
     @nn.compact
@@ -253,7 +256,7 @@ class Decoder(nn.Module):
             self._table("score", "scores", c.num_scores)
         elif not c.tied:
             self._table("head", "vocab", c.vocab_size)
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = lookup(table, tokens).astype(self.dtype)
         if c.scaled_embedding:
             x = x * jnp.asarray(math.sqrt(c.embed_dim), self.dtype)
         x = constrain(x, ("batch", "length", "hidden"))
@@ -280,7 +283,7 @@ class Decoder(nn.Module):
         """Attention among the tokens of the rows themselves."""
         c = self.config
         limits = {"scale": c.attention_scale, "window": kind.window, "soft_cap": c.attention_soft_cap}
-        return attention(q, k, v, places, places, **limits), None
+        return attend(q, k, v, places, kernels=self.kernels, **limits), None
 
     def _mix_cached(self, positions, lengths, kind, kv, layer, q, k, v):
         """Attention to what the cache holds and the new tokens, which it then holds too."""

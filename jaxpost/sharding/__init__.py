@@ -1,6 +1,6 @@
 """Mesh, rules, constraints: the only place that knows how arrays lie on devices."""
 
-from jaxpost.sharding.mesh import make_mesh
+from jaxpost.sharding.mesh import make_mesh, platform
 from jaxpost.sharding.rules import (
     RULES,
     batch_sharding,
@@ -18,6 +18,7 @@ __all__ = [
     "constrain",
     "make_mesh",
     "named_shardings",
+    "platform",
     "shardings_like",
     "with_dtype",
 ]

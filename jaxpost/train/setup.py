@@ -28,7 +28,7 @@ from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
-from jaxpost.sharding import batch_shards, make_mesh, named_shardings, with_dtype
+from jaxpost.sharding import batch_shards, make_mesh, named_shardings, platform, with_dtype
 from jaxpost.train.adapters import as_loaded, with_adapters
 from jaxpost.train.folder import model_folder
 
@@ -124,16 +124,16 @@ def open_mesh(config):
     if rows % shards:
         raise ConfigError(
             f"batch.rows_per_step: a microbatch of {rows} rows cannot be split over the {shards} devices of "
-            "mesh.data x mesh.fsdp x mesh.expert; make it a multiple"
+            "mesh.slices x mesh.data x mesh.fsdp x mesh.expert; make it a multiple"
         )
     return mesh
 
 
-def compute_dtype(name: str) -> str:
+def compute_dtype(name: str, mesh) -> str:
     """The type of products: "auto" is bfloat16 on accelerators and float32 on CPU."""
     if name != "auto":
         return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 
 def open_model(config, mesh, *, path: str | None = None, any_head: bool = False) -> Model:
@@ -150,9 +150,11 @@ def open_model(config, mesh, *, path: str | None = None, any_head: bool = False)
         policy = imported("model.adapter", config.model.adapter)(str(folder))
         _with_experts(config, policy.config)
     else:
-        dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
+        dtype = compute_dtype(config.precision.compute, mesh) if mesh is not None else "float32"
         found = _with_experts(config, hf.read_config(folder))
-        policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy)
+        kernels = None if config.model.kernels == "auto" else config.model.kernels
+        place = {"platform": platform(mesh), "kernels": kernels}
+        policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy, **place)
     tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
     template = load_template(config.tokenizer.template, tokenizer)
     abstract = shardings = fresh = None
