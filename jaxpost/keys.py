@@ -329,7 +329,8 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    params: Literal["float32", "bfloat16"] = key("master weights and optimizer moments", "float32")
+    params: Literal["float32", "bfloat16"] = key("master weights", "float32")
+    moments: Literal["float32", "bfloat16"] = key("of the optimizer; bfloat16 ones are rounded at random", "float32")
     compute: Literal["auto", "float32", "bfloat16"] = key("auto = bfloat16 on accelerators, float32 on CPU", "auto")
     reference: Literal["auto", "float32", "bfloat16"] = key("weights of reference, teacher; auto = as computed", "auto")
 

@@ -17,7 +17,7 @@ from jaxpost.data import quality
 from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
 from jaxpost.sharding import batch_sharding, shardings_like
-from jaxpost.train import inputs
+from jaxpost.train import inputs, planned
 from jaxpost.train.adapters import on_whole
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.evaluation import Evaluation, Evaluator
@@ -48,7 +48,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
     run, batch = config.run, config.batch
     loader = train_loader(config, data)
     total = run.steps or loader.total_steps(run.epochs)
-    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.axes)
+    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.axes, config.precision.moments)
     evaluator = evaluator or Evaluator(config, mesh, model, data, objective, frozen)
     frozen, objective = evaluator.frozen, on_whole(model.policy, objective)
     carry = carry or Carry(None, lambda: None, None)
@@ -63,6 +63,8 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
+    if planned.current():
+        planned.finish(train_program(config, mesh, model, data, step_fn, with_shardings(abstract, shardings), frozen))
     checkpoints = Checkpointer(folder / "checkpoints", run.keep_last, run.keep_best)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
@@ -102,6 +104,28 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
             result.export(folder / "export")
             log.info("exported to %s", folder / "export")
     return result
+
+
+def train_program(config, mesh, model, data, step_fn, state, frozen) -> planned.Program:
+    """The train step of a planned run."""
+    batch = planned.batch_of(config, mesh, data.train, data.branches)
+    rows, tokens = batch.rows.tokens.shape
+    return planned.Program(
+        "train step",
+        step_fn,
+        (state, frozen, batch),
+        ledger=state_ledger(state) | frozen | {"batch": batch},
+        calls=1,
+        tokens=rows * tokens,
+        policy=model.policy,
+        rows=(rows // config.batch.accumulate, tokens),
+        trained=state.params,
+    )
+
+
+def state_ledger(state) -> dict:
+    """{what: tree} of an abstract TrainState."""
+    return {"parameters": state.params, "moments": state.opt_state, "carry": (state.step, state.key, state.carry)}
 
 
 def first_state(checkpoints: Checkpointer, resume: bool, folder, abstract, fresh):
