@@ -117,9 +117,9 @@ def flash_attention(
 def choose_blocks(T: int, S: int, G: int, h: int, itemsize: int) -> Blocks:
     """Blocks of T queries and S keys with G query heads a key head, head size h and `itemsize` bytes a number.
 
-    The largest multiples of 128 up to BLOCK that divide T and S (all of fewer than 128), then as many heads of the group
-    as fit beside them: a mask is computed once for all of them. What a step holds is counted for dkv, the largest:
-    blocks of the inputs and outputs twice (one is computed on while another is copied), sums in f32, and five
+    The largest multiples of 128 up to BLOCK that divide T and S (all of fewer than 128), then as many heads of the
+    group as fit beside them: a mask is computed once for all of them. What a step holds is counted for dkv, the
+    largest: blocks of the inputs and outputs twice (one is computed on while another is copied), sums in f32, and five
     temporaries of the size of the scores.
     """
     width = -(-h // LANES) * LANES
@@ -168,7 +168,7 @@ def block_kinds(query_places: Array, key_places: Array, first_query: Array, opti
 
 
 def _bounds(places, block, axis):
-    """Least and greatest of each block of places [B, R, T]: [R, B, T/block] each, with another axis of 1 at `axis`+1."""
+    """Least and greatest of each block of places [B, R, T]: [R, B, T/block], with one more axis of 1 at axis + 1."""
     B, R, T = places.shape
     split = places.reshape(B, R, T // block, block)
     return tuple(jnp.expand_dims(x.swapaxes(0, 1), axis + 1) for x in (split.min(3), split.max(3)))
@@ -182,7 +182,7 @@ def _shared(ids):
 def _walk(kinds):
     """int32[all]: for each step over the last axis of `kinds`, 4 * the block to hold + the step's kind.
 
-    The block to hold at a skipped step is the one of the step before, and before the first the first: nothing is copied.
+    The block to hold at a skipped step is that of the step before, and before the first the first: nothing is copied.
     """
     at = jnp.arange(kinds.shape[2], dtype=jnp.int32)[None, None, :]
     latest = jax.lax.cummax(jnp.where(kinds > SKIPPED, at, -1), axis=2)
