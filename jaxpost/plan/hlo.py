@@ -1,12 +1,12 @@
 """What a compiled program computes, reads and sends, a device and a call, counted in its text.
 
-XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel as nothing; this counts a loop as often as it
-runs (`program.trips`) and a kernel as its `cost_estimate` says. The text is `compiled.as_text()`, for TPU or CPU.
+XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel as nothing; this counts a loop as often as
+it runs (`program.trips`) and a kernel as its `cost_estimate` says. The text is `compiled.as_text()`, for TPU or CPU.
 
-FLOPs are those of `dot` and `convolution` (the TPU compiler turns products into convolutions) and of kernels; elementwise
-work and reductions are not counted. Bytes of collectives are what a device receives from others in ring algorithms, with
-n devices in a group: all-gather output * (n-1)/n, reduce-scatter output * (n-1), all-reduce 2 * size * (n-1)/n,
-all-to-all size * (n-1)/n, collective-permute its size.
+FLOPs are those of `dot` and `convolution` (the TPU compiler turns products into convolutions) and of kernels;
+elementwise work and reductions are not counted. Bytes of collectives are what a device receives from others in ring
+algorithms, with n devices in a group: all-gather output * (n-1)/n, reduce-scatter output * (n-1), all-reduce
+2 * size * (n-1)/n, all-to-all size * (n-1)/n, collective-permute its size.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from jaxpost.plan.groups import Axes
 from jaxpost.plan.program import Computation, Operation, Part, Program, elements, parts, read, trips
@@ -25,7 +26,7 @@ _KIND = {kind: kind for kind in KINDS} | {f"{kind}-start": kind for kind in KIND
 _BETWEEN_SLICES = {"ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter", "ALL_TO_ALL": "all-to-all"}
 _BETWEEN_SLICES |= {"ALL_REDUCE": "all-reduce"}
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_GROUPS = re.compile(r"replica_groups=")
+_GROUPS = re.compile(r"replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)")
 _PAIRS = re.compile(r"source_target_pairs=(\{.*?\}\}|\{\})")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -42,7 +43,7 @@ _FREE |= {"opt-barrier", "while", "conditional", "call", "send", "send-done", "r
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of collectives of a kind over the same axes: bytes that a device receives, how many run, bytes of their outputs."""
+    """Of collectives of a kind over the same axes: bytes that a device receives, how many run, bytes of all outputs."""
 
     bytes: int
     count: int
@@ -51,7 +52,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Calls of a Pallas kernel and their FLOPs; `estimated` is False where any carries no cost estimate (counted as 0)."""
+    """Calls of a Pallas kernel and their FLOPs; `estimated` is False where one carries no cost estimate (counts 0)."""
 
     count: int
     flops: int
@@ -72,8 +73,8 @@ class Loop:
 class Costs:
     """A device, a call. `collectives`: {(kind, axes of the mesh): Traffic}; axes ("?",) where they could not be told.
 
-    hbm_bytes: an estimate: operands and results of the operations and fusions that run, where they lie in HBM, slices and
-    updates in place counted as what they touch. Padding of layouts, spills and reuse within a kernel are not seen.
+    hbm_bytes: an estimate: operands and results of the operations and fusions that run, where they lie in HBM, slices
+    and updates in place counted as what they touch. Padding of layouts, spills and reuse within a kernel are not seen.
     host_bytes: of copies to or from the host's memory.
     gathered, scattered: {axes: bytes} that an fsdp layout has to answer for: outputs of all-gathers and operands of
     reduce-scatters, whole. The TPU compiler turns some into rings of collective-permutes within products ("windowed
@@ -96,7 +97,7 @@ def analyse(text: str, mesh_shape: dict[str, int], unknown_trips: int | Callable
     """Costs of `compiled.as_text()`.
 
     mesh_shape: {axis: size} of the mesh that the program was compiled for (`dict(mesh.shape)`).
-    unknown_trips: how often a loop runs whose end depends on data, or a function of the loop's `op_name`; such loops are
+    unknown_trips: how often a loop runs whose end depends on data, or a function of its `op_name`; such loops are
     listed in `loops`. Raises ValueError where the text is not a compiled program.
     """
     program = read(text)
@@ -109,8 +110,8 @@ def analyse(text: str, mesh_shape: dict[str, int], unknown_trips: int | Callable
         collectives={key: Traffic(*map(int, row)) for key, row in sorted(sums.collectives.items())},
         kernels={name: Kernel(*row, name not in sums.silent) for name, row in sorted(sums.kernels.items())},
         loops=tuple(sums.loops),
-        gathered={axes: size for (kind, axes), size in sums.moved.items() if kind == "gathered"},
-        scattered={axes: size for (kind, axes), size in sums.moved.items() if kind == "scattered"},
+        gathered={axes: round(size) for (kind, axes), size in sums.moved.items() if kind == "gathered"},
+        scattered={axes: round(size) for (kind, axes), size in sums.moved.items() if kind == "scattered"},
         slice_axes=counter.axes.across,
     )
 
@@ -122,14 +123,14 @@ class _Sums:
         self.numbers: dict[str, int] = {}
         self.collectives: dict[tuple, tuple[int, ...]] = {}
         self.kernels: dict[str, tuple[int, ...]] = {}
-        self.moved: dict[tuple, int] = {}
+        self.moved: dict[tuple, int | Fraction] = {}
         self.silent: set[str] = set()
         self.loops: list[Loop] = []
 
     def number(self, name: str, amount: int) -> None:
         self.numbers[name] = self.numbers.get(name, 0) + amount
 
-    def move(self, key: tuple, amount: int) -> None:
+    def move(self, key: tuple, amount: int | Fraction) -> None:
         self.moved[key] = self.moved.get(key, 0) + amount
 
     @staticmethod
@@ -214,38 +215,34 @@ class _Counter:
             sums.silent |= set() if estimate else {kernel}
 
     def _collective(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
-        if operation.code == "recv":
-            return self._between_slices(sums, operation)
         kind = _KIND.get(operation.code)
-        if kind is None or _resumed(computation, operation):
-            return None
+        if operation.code == "recv":
+            self._between_slices(sums, operation)
+        elif kind == "collective-permute":
+            self._permute(sums, computation, operation)
+        elif kind is not None and not _resumed(computation, operation):
+            axes, n = self.axes.of_groups(_GROUPS.search(operation.attributes)[1])
+            size = sum(part.bytes for part in _output(operation))
+            if kind == "all-reduce" and _scattered(computation, operation):
+                kind, size = "reduce-scatter", size // n
+            if n > 1:
+                sums.row(sums.collectives, (kind, axes), (_received(kind, size, n), 1, size))
+            if n > 1 and kind == "all-gather":
+                sums.move(("gathered", axes), size)
+            elif n > 1 and kind == "reduce-scatter":
+                sums.move(("scattered", axes), size * n)
+
+    def _permute(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
+        axes = self.axes.of_pairs(_PAIRS.search(operation.attributes)[1])
         size = sum(part.bytes for part in _output(operation))
-        if kind == "collective-permute":
-            axes = self.axes.of_pairs(_PAIRS.search(operation.attributes)[1])
-            if axes:
-                sums.row(sums.collectives, (kind, axes), (size, 1, size))
-                ring = _ring(self.program, computation, operation)
-                n = self.axes.size(axes)
-                if ring and n > 1:
-                    sums.move((ring, axes), size * n // (n - 1))
-            return None
-        start = _GROUPS.search(operation.attributes)
-        axes, n = (
-            self.axes.of_groups(operation.attributes[start.end() :].partition("}, ")[0] + "}") if start else ((), 1)
-        )
-        if n == 1 and not axes:
-            return None
-        if kind == "all-reduce" and _scattered(computation, operation):
-            kind, size = "reduce-scatter", size // n
-        sums.row(sums.collectives, (kind, axes), (_received(kind, size, n), 1, size))
-        if kind in ("all-gather", "reduce-scatter"):
-            sums.move(
-                ("gathered" if kind == "all-gather" else "scattered", axes), size if kind == "all-gather" else size * n
-            )
-        return None
+        if axes:
+            sums.row(sums.collectives, ("collective-permute", axes), (size, 1, size))
+            ring, n = _ring(self.program, computation, operation), self.axes.size(axes)
+            if ring and n > 1:
+                sums.move((ring, axes), Fraction(size * n, n - 1))
 
     def _between_slices(self, sums: _Sums, operation: Operation) -> None:
-        """A `recv` that the runtime between slices fills: what a device hands over is its part, reduced or gathered there."""
+        """A `recv` that the runtime between slices fills: a device hands over its part, reduced or gathered there."""
         transfer = _TRANSFER.search(operation.attributes)
         if transfer is None:
             return
@@ -287,7 +284,7 @@ class _Counter:
         return reads, sum(self._written(computation, computation.operations[part]) for part in written)
 
     def _read(self, computation: Computation, source: Operation) -> int:
-        """Bytes of `source` that a fused computation reads: of slices what they cut out, of updates in place nothing."""
+        """Bytes of `source` that a fused computation reads: of slices what they cut, of updates in place nothing."""
         total, whole = 0, source.bytes
         for user, position in computation.users[source.name]:
             if user.code in ("dynamic-slice", "slice", "gather") and position == 0:

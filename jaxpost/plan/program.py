@@ -1,11 +1,11 @@
-"""The text of a compiled program (`compiled.as_text()`: optimized HLO) as computations of operations, and how often its loops run."""
+"""The text of a compiled program (optimized HLO) as computations of operations, and how often its loops run."""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 
-# name = shape opcode(operands), attributes. A tuple's shape is matched lazily up to `) opcode(`; layouts hold no spaces.
+# name = shape opcode(operands), attributes. A tuple's shape is matched up to `) opcode(`; layouts hold no spaces.
 _OPERATION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|[^\s(]\S*) ([a-z][\w\-]*)\(")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -227,14 +227,13 @@ def _count(value: int, step: int, direction: str, limit: int) -> int | None:
     if step <= 0 and direction != "NE":
         return None
     if direction == "NE":
-        return (
-            (limit - value) // step if step and (limit - value) % step == 0 and (limit - value) // step >= 0 else None
-        )
+        count, rest = divmod(limit - value, step) if step else (-1, 0)
+        return count if count >= 0 and not rest else None
     return max(0, -((value - limit - (direction in ("LE", "GE"))) // step))
 
 
 class _Values:
-    """Integers of a computation, each `(element, offset)`: an element of its tuple plus a constant, or `(None, constant)`."""
+    """Integers of a computation as `(element, offset)`: an element of its tuple plus a constant, or `(None, constant)`."""
 
     def __init__(
         self, program: Program, computation: Computation, constants: dict[int, int], arguments: list | None = None
