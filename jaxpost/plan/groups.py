@@ -94,10 +94,10 @@ class Axes:
         return math.prod(self._sizes.get(name, 1) for name in axes)
 
     def _of_groups(self, text: str) -> tuple[tuple[str, ...], int]:
-        """(axes, devices in a group) of what follows `replica_groups=`."""
+        """(axes, devices in a group) of what follows `replica_groups=`; all devices where it is not understood."""
         groups = parse_groups(text, self.devices)
         if not groups or max(itertools.chain(*groups)) >= self.devices:
-            return UNKNOWN, max(map(len, groups)) if groups else 1
+            return UNKNOWN, max(map(len, groups)) if groups else self.devices
         return self._over([(group[0], device) for group in groups for device in group]), max(map(len, groups))
 
     def _of_pairs(self, text: str) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ class Costs:
     hbm_bytes: an estimate: operands and results of the operations and fusions that run, where they lie in HBM, slices
     and updates in place counted as what they touch. Padding of layouts, spills and reuse within a kernel are not seen.
     host_bytes: of copies to or from the host's memory.
+    between_slices: {kind: Traffic} over the data-centre network, along `slice_axes` of the mesh, in a program compiled
+    for several slices; not in `collectives`.
     gathered, scattered: {axes: bytes} that an fsdp layout has to answer for: outputs of all-gathers and operands of
     reduce-scatters, whole. The TPU compiler turns some into rings of collective-permutes within products ("windowed
     einsum"; in `collectives` they stand under collective-permute): these count as the all-gather or reduce-scatter that
@@ -90,7 +92,8 @@ class Costs:
     loops: tuple[Loop, ...]
     gathered: dict[tuple[str, ...], int]
     scattered: dict[tuple[str, ...], int]
-    slice_axes: tuple[str, ...]  # the axes that cross slices, in a program compiled for several
+    between_slices: dict[str, Traffic]
+    slice_axes: tuple[str, ...]
 
 
 def analyse(text: str, mesh_shape: dict[str, int], unknown_trips: int | Callable[[str], int] = 1) -> Costs:
@@ -107,11 +110,12 @@ def analyse(text: str, mesh_shape: dict[str, int], unknown_trips: int | Callable
         flops=sums.numbers.get("flops", 0),
         hbm_bytes=sums.numbers.get("hbm", 0),
         host_bytes=sums.numbers.get("host", 0),
-        collectives={key: Traffic(*map(int, row)) for key, row in sorted(sums.collectives.items())},
+        collectives={key: Traffic(*row) for key, row in sorted(sums.collectives.items())},
         kernels={name: Kernel(*row, name not in sums.silent) for name, row in sorted(sums.kernels.items())},
         loops=tuple(sums.loops),
         gathered={axes: round(size) for (kind, axes), size in sums.moved.items() if kind == "gathered"},
         scattered={axes: round(size) for (kind, axes), size in sums.moved.items() if kind == "scattered"},
+        between_slices={kind: Traffic(*row) for kind, row in sorted(sums.between.items())},
         slice_axes=counter.axes.across,
     )
 
@@ -122,6 +126,7 @@ class _Sums:
     def __init__(self):
         self.numbers: dict[str, int] = {}
         self.collectives: dict[tuple, tuple[int, ...]] = {}
+        self.between: dict[str, tuple[int, ...]] = {}
         self.kernels: dict[str, tuple[int, ...]] = {}
         self.moved: dict[tuple, int | Fraction] = {}
         self.silent: set[str] = set()
@@ -140,9 +145,9 @@ class _Sums:
     def add(self, other: "_Sums", times: int = 1) -> None:
         for name, amount in other.numbers.items():
             self.number(name, amount * times)
-        for rows, more in ((self.collectives, other.collectives), (self.kernels, other.kernels)):
-            for key, amounts in more.items():
-                self.row(rows, key, tuple(amount * times for amount in amounts))
+        for name in ("collectives", "between", "kernels"):
+            for key, amounts in getattr(other, name).items():
+                self.row(getattr(self, name), key, tuple(amount * times for amount in amounts))
         for key, amount in other.moved.items():
             self.move(key, amount * times)
         self.silent |= other.silent
@@ -249,7 +254,7 @@ class _Counter:
         kind = _BETWEEN_SLICES.get(transfer[1], "collective-permute")
         size = parts(operation.shape)[0].bytes
         received = size if kind == "collective-permute" else _received(kind, size, self.axes.slices)
-        sums.row(sums.collectives, (kind, self.axes.across or ("?",)), (received, 1, size))
+        sums.row(sums.between, kind, (received, 1, size))
 
     def _memory(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
         """Adds what an operation reads and writes in HBM, and copies to or from the host."""

@@ -233,7 +233,7 @@ def _count(value: int, step: int, direction: str, limit: int) -> int | None:
 
 
 class _Values:
-    """Integers of a computation as `(element, offset)`: an element of its tuple plus a constant, or `(None, constant)`."""
+    """Integers of a computation: `(element, offset)`, an element of its tuple and a constant, or `(None, constant)`."""
 
     def __init__(
         self, program: Program, computation: Computation, constants: dict[int, int], arguments: list | None = None
