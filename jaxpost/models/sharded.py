@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxpost.ops import vocab
 from jaxpost.ops.attention import Places, attention
+from jaxpost.ops.flash import flash_attention
 from jaxpost.ops.logprobs import Head, TokenStats, row_logps
 from jaxpost.sharding.rules import RULES, constrain, partition_spec
 from jaxpost.types import Array, Rows
@@ -244,4 +245,8 @@ def _own_heads(x, heads: int, group: int):
     return jax.lax.dynamic_slice_in_dim(x, first, max(1, heads // group), axis=2)
 
 
-KERNELS = {"xla": attention}
+KERNELS = {
+    "xla": attention,
+    "pallas": flash_attention,
+    "interpret": functools.partial(flash_attention, interpret=True),
+}

@@ -62,7 +62,8 @@ def _slices(devices: Sequence) -> list[list]:
     """The devices of each TPU slice."""
     groups: dict[int, list] = {}
     for device in devices:
-        groups.setdefault(device.slice_index if device.platform == "tpu" else 0, []).append(device)
+        own = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        groups.setdefault(own, []).append(device)
     return [groups[index] for index in sorted(groups)]
 
 

@@ -108,24 +108,20 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
 
 def train_program(config, mesh, model, data, step_fn, state, frozen) -> planned.Program:
     """The train step of a planned run."""
-    batch = planned.batch_of(config, mesh, data.train, data.branches)
+    batch, accumulate = planned.batch_of(config, mesh, data.train, data.branches), config.batch.accumulate
     rows, tokens = batch.rows.tokens.shape
     return planned.Program(
         "train step",
         step_fn,
         (state, frozen, batch),
-        ledger=state_ledger(state) | frozen | {"batch": batch},
+        ledger={**planned.of_state(state), **frozen, "batch": batch},
         calls=1,
-        tokens=rows * tokens,
         policy=model.policy,
-        rows=(rows // config.batch.accumulate, tokens),
+        rows=(rows // accumulate, tokens),
+        # another model's forward pass, of one that is read in every step
+        passes=accumulate * (3 + sum(name in frozen for name in ("reference", "teacher"))),
         trained=state.params,
     )
-
-
-def state_ledger(state) -> dict:
-    """{what: tree} of an abstract TrainState."""
-    return {"parameters": state.params, "moments": state.opt_state, "carry": (state.step, state.key, state.carry)}
 
 
 def first_state(checkpoints: Checkpointer, resume: bool, folder, abstract, fresh):

@@ -28,8 +28,9 @@ class Program:
     """One compiled program of a run.
 
     fn: jitted; args: its arguments, ShapeDtypeStructs with shardings. ledger: {what: tree} of these arguments, by what
-    they are for. calls: of it in a step (of the run; of a rollout stage the longest that it may take). tokens: that the
-    rows of one call hold. trained: the parameters that it computes gradients of, None where it computes none.
+    they are for. calls: of it in a step of the run, at most. policy: the model that it runs, its words or scores read.
+    rows: [B, T] of one forward pass, over all devices. passes: over such rows in a call, a backward pass counted twice.
+    trained: the parameters that it computes gradients of; None where it computes none.
     """
 
     name: str
@@ -37,9 +38,9 @@ class Program:
     args: tuple
     ledger: dict[str, Any]
     calls: float
-    tokens: int
     policy: Any
-    rows: tuple[int, int]  # [B, T] of one forward pass, over all devices
+    rows: tuple[int, int]
+    passes: float
     trained: Any = None
 
 
@@ -109,11 +110,16 @@ def documents(kind: str, most: int | None) -> tuple[list[Document], int]:
     return [dataclasses.replace(found, completion={"score": (0.0,) * count} if kind == "scored" else {})], count
 
 
-def batch_of(config, mesh, examples: Sequence[Document], branches: int, *, rows: int | None = None) -> Batch:
-    """A step's Batch as ShapeDtypeStructs in their shards. rows: None is batch.rows_per_step."""
-    shape = {name: getattr(config.batch, name) for name in ("tokens_per_row", "documents_per_row")}
-    rows = rows or config.batch.rows_per_step
-    return as_shapes(build_batch([[examples[0]]], rows_per_step=rows, **shape, branches=branches), mesh)
+def of_state(state) -> dict:
+    """{what: tree} of an abstract TrainState."""
+    return {"parameters": state.params, "moments": state.opt_state, "carry": (state.step, state.key, state.carry)}
+
+
+def batch_of(config, mesh, examples: Sequence[Document], branches: int) -> Batch:
+    """A step's Batch as ShapeDtypeStructs in their shards."""
+    names = ("rows_per_step", "tokens_per_row", "documents_per_row")
+    shape = {name: getattr(config.batch, name) for name in names}
+    return as_shapes(build_batch([[examples[0]]], **shape, branches=branches), mesh)
 
 
 def as_shapes(batch, mesh):

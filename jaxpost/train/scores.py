@@ -57,7 +57,7 @@ def completion_scores(policy, params, batch: Batch, key: Array | None = None) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_scores(policy, params, batch: Batch) -> Array:
+def batch_scores(policy, params, batch: Batch) -> Array:
     return completion_scores(policy, params, batch)[0]
 
 
@@ -69,7 +69,7 @@ def loader_scores(policy, params, mesh, loader: Loader) -> np.ndarray:
     with jax.set_mesh(mesh):
         for step in range(loader.steps_in_epoch(0)):
             batch = loader.batch(step)
-            scores = np.asarray(_batch_scores(policy, params, jax.device_put(batch, batch_sharding(mesh))))
+            scores = np.asarray(batch_scores(policy, params, jax.device_put(batch, batch_sharding(mesh))))
             scores = np.where(batch.completion["mask"][..., None] > 0, scores, np.nan)
             for indices, of_row in zip(loader.rows_documents(step), scores, strict=False):
                 found[indices] = of_row[: len(indices)]
