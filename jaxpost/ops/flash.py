@@ -152,8 +152,9 @@ def block_kinds(query_places: Array, key_places: Array, first_query: Array, opti
     blocks, window = options.blocks, options.window
     low, high = _bounds(query_places, blocks.queries, 2)
     key_low, key_high = _bounds(key_places, blocks.keys, 1)
-    root, root_high = _shared(low[0]), _shared(high[0])
-    seen = ((key_low[0] <= high[0]) & (low[0] <= key_high[0])) | ((key_low[0] <= root_high) & (root <= key_high[0]))
+    root, root_high, key_root = _shared(low[0]), _shared(high[0]), _shared(key_high[0])
+    seen = (key_low[0] <= high[0]) & (low[0] <= key_high[0])
+    seen |= (key_low[0] <= root_high) & (jnp.maximum(key_low[0], root) <= key_root)  # a shared prompt among the keys
     same = (key_low[0] == low[0]) & (key_low[0] == high[0])
     shared = (key_low[0] == root) & (key_low[0] == root_high)
     whole = (key_low[0] == key_high[0]) & (same | shared)
