@@ -70,7 +70,8 @@ def assert_close(found, expected):
 
 PLAIN = {"scale": 0.3}
 BENT = {"scale": 0.5, "window": 40, "soft_cap": 2.0}  # most scores bend
-SHAPES = {"one head a group, 128": (PLAIN, 2, 2, 128), "two, tiny": (PLAIN, 4, 2, 8), "four, 64": (BENT, 4, 1, 64)}
+NEAR = {"scale": 0.3, "window": 100}
+SHAPES = {"one head a group, 128": (PLAIN, 2, 2, 128), "four, 64": (BENT, 4, 1, 64)}  # two, of size 8: slices
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,8 +93,8 @@ def test_no_branches_is_all_shared():
 
 def test_slices_of_a_row_equal_the_whole():
     """Queries of the second half see keys of the first, and both halves' gradients of keys and values add up."""
-    at, (q, k, v, d_out) = places(BRANCHED, LINEAR), inputs(2, 2, 1, 8)
-    run = gradients(flash_attention, interpret=True, **BENT)
+    at, (q, k, v, d_out) = places(BRANCHED, LINEAR), inputs(2, 4, 2, 8)
+    run = gradients(flash_attention, interpret=True, **NEAR)
 
     def part(first):
         queries, query, cotangent = jax.tree.map(lambda x: x[:, first : first + 128], (at, q, d_out))
@@ -101,12 +102,12 @@ def test_slices_of_a_row_equal_the_whole():
 
     (out, (dq, dk, dv)), (out_, (dq_, dk_, dv_)) = part(0), part(128)
     found = np.concatenate([out, out_], 1), (np.concatenate([dq, dq_], 1), dk + dk_, dv + dv_)
-    assert_close(found, gradients(attention, **BENT)(at, at, (q, k, v), d_out))
+    assert_close(found, gradients(attention, **NEAR)(at, at, (q, k, v), d_out))
 
 
 def test_skipped_blocks_are_not_computed():
     """NaN in one document's block reaches nothing of the other's: a mask alone gives 0 * NaN."""
-    at, (q, k, v, d_out) = places(ALIGNED, ALIGNED), inputs(2, 4, 2, 8)
+    at, (q, k, v, d_out) = places(ALIGNED, ALIGNED), inputs(2, 2, 2, 128)
     run = gradients(flash_attention, interpret=True, **PLAIN)
     clean = run(at, at, (q, k, v), d_out)
     early, late = (np.where((at.segments == n)[:, :, None, None], np.float32(np.nan), 0) for n in (1, 2))
@@ -120,7 +121,7 @@ def test_skipped_blocks_are_not_computed():
 
 def test_a_query_that_sees_nothing_gives_zero():
     """In a block with others that do; and so do its gradients."""
-    at, (q, k, v, d_out) = places(PACKED, LINEAR), inputs(2, 4, 2, 8)
+    at, (q, k, v, d_out) = places(PACKED, LINEAR), inputs(2, 2, 2, 128)
     alone = Places(np.where(at.segments == 2, 7, at.segments), at.branches, at.positions)
     out, (dq, dk, dv) = gradients(flash_attention, interpret=True, **PLAIN)(alone, at, (q, k, v), d_out)
     for x, unseen in ((out, alone), (dq, alone), (dk, at), (dv, at)):
