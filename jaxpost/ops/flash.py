@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # ops.attention is what calls this
 
 LANES = 128
 BLOCK = 512  # the most queries, and keys, of a block
-HEADS = 8  # the most query heads of a step: their loop is unrolled
+HEADS = 4  # the most query heads of a step: their loop is unrolled, and compiling takes as much longer
 VMEM = 12 * 2**20  # bytes of a step as `choose_blocks` counts them; a v4 core has 16 MiB
 BRANCHES = 4096  # ids a segment
 EMPTY = 2**19 - 1  # the segment of empty places: they end a row, so blocks' least and greatest ids stay apart
@@ -123,16 +123,13 @@ def choose_blocks(T: int, S: int, G: int, h: int, itemsize: int) -> Blocks:
     temporaries of the size of the scores.
     """
     width = -(-h // LANES) * LANES
-    most = BLOCK
-    while True:
+    for most in range(BLOCK, 0, -LANES):
         bq, bk = _divisor(T, most), _divisor(S, most)
         for heads in (n for n in range(min(G, HEADS), 0, -1) if G % n == 0):
             held = 4 * (heads * bq + 2 * bk) * width * itemsize + 8 * bk * width + 20 * bq * bk
             if held <= VMEM:
                 return Blocks(bq, bk, heads)
-        if most <= LANES:
-            return Blocks(bq, bk, 1)
-        most -= LANES
+    return Blocks(bq, bk, 1)
 
 
 def _divisor(length: int, most: int) -> int:
@@ -152,8 +149,9 @@ def block_kinds(query_places: Array, key_places: Array, first_query: Array, opti
     blocks, window = options.blocks, options.window
     low, high = _bounds(query_places, blocks.queries, 2)
     key_low, key_high = _bounds(key_places, blocks.keys, 1)
-    root, root_high = _shared(low[0]), _shared(high[0])
-    seen = ((key_low[0] <= high[0]) & (low[0] <= key_high[0])) | ((key_low[0] <= root_high) & (root <= key_high[0]))
+    root, root_high, key_root = _shared(low[0]), _shared(high[0]), _shared(key_high[0])
+    seen = (key_low[0] <= high[0]) & (low[0] <= key_high[0])
+    seen |= (key_low[0] <= root_high) & (jnp.maximum(key_low[0], root) <= key_root)  # a shared prompt among the keys
     same = (key_low[0] == low[0]) & (key_low[0] == high[0])
     shared = (key_low[0] == root) & (key_low[0] == root_high)
     whole = (key_low[0] == key_high[0]) & (same | shared)
@@ -249,7 +247,7 @@ def _forward(options, q, k, v, sights):
     return _call(_forward_kernel, "flash_forward", options, sights, inputs, (q, k, v), outputs, (q, lse), sums, 2)
 
 
-def _forward_kernel(options, step, q_ref, k_ref, v_ref, seen_by, out_ref, lse_ref, m_ref, l_ref, sum_ref):
+def _forward_kernel(options, step, q_ref, k_ref, v_ref, mask, out_ref, lse_ref, m_ref, l_ref, sum_ref):
     @pl.when(step.first)
     def _():
         m_ref[...] = jnp.full_like(m_ref, LOWEST)
@@ -268,7 +266,7 @@ def _forward_kernel(options, step, q_ref, k_ref, v_ref, seen_by, out_ref, lse_re
             l_ref[n] = l_ref[n] * shrink + probs.sum(axis=0, keepdims=True)
             sum_ref[n] = sum_ref[n] * shrink + _dot(v, probs.astype(v.dtype), _OVER_KEYS)
 
-    _by_kind(step, seen_by, attend)
+    _by_kind(step, mask, attend)
 
     @pl.when(step.last)
     def _():
@@ -285,7 +283,7 @@ def _query_gradient(options, q, d_out, lse, delta, k, v, sights):
     return _call(_dq_kernel, "flash_dq", options, sights, inputs, operands, ["query"], (q,), sums, 3)[0]
 
 
-def _dq_kernel(options, step, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, seen_by, dq_ref, sum_ref):
+def _dq_kernel(options, step, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, mask, dq_ref, sum_ref):
     @pl.when(step.first)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -296,7 +294,7 @@ def _dq_kernel(options, step, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, s
             _, d_scores = _score_gradient(options, k, v, q_ref[n], do_ref[n], lse_ref[n], delta_ref[n], seen)
             sum_ref[n] += _dot(k, d_scores.astype(k.dtype), _OVER_KEYS)
 
-    _by_kind(step, seen_by, attend)
+    _by_kind(step, mask, attend)
 
     @pl.when(step.last)
     def _():
@@ -312,7 +310,7 @@ def _key_gradients(options, q, d_out, lse, delta, k, v, sights):
     return _call(_dkv_kernel, "flash_dkv", options, sights, inputs, operands, outputs, (k, v), sums, 4, by_keys=True)
 
 
-def _dkv_kernel(options, step, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, seen_by, dk_ref, dv_ref, *sums):
+def _dkv_kernel(options, step, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, mask, dk_ref, dv_ref, *sums):
     dk_sum_ref, dv_sum_ref = sums
 
     @pl.when(step.first)
@@ -328,7 +326,7 @@ def _dkv_kernel(options, step, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, 
             dv_sum_ref[...] += _dot(probs.astype(d_out.dtype), d_out, _OVER_QUERIES)
             dk_sum_ref[...] += _dot(d_scores.astype(q.dtype), q, _OVER_QUERIES)
 
-    _by_kind(step, seen_by, attend)
+    _by_kind(step, mask, attend)
 
     @pl.when(step.last)
     def _():
@@ -359,9 +357,9 @@ def _dot(a, b, dimensions):
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _by_kind(step, seen_by, attend):
-    """`attend(mask)` where the pair of blocks has something to see; without a mask where everything is seen."""
-    pl.when(step.kind == MASKING)(lambda: attend(seen_by()))
+def _by_kind(step, mask, attend):
+    """`attend(mask())` where the pair of blocks has something to see; `attend(None)` where everything is seen."""
+    pl.when(step.kind == MASKING)(lambda: attend(mask()))
     pl.when(step.kind == WHOLE)(lambda: attend(None))
 
 
@@ -420,15 +418,20 @@ def _call(kernel, name, options, sights, inputs, operands, outputs, results, sum
         count = len(operands)
         queries_ref, keys_ref = refs[count : count + 2]
 
-        def seen_by():
+        def mask():
             offset = first_ref[0] + i * blocks.queries - j * blocks.keys
             return _mask(options, offset, queries_ref[...], keys_ref[...])
 
-        kernel(options, _Step(first, last, kind), *refs[:count], seen_by, *refs[count + 2 :])
+        kernel(options, _Step(first, last, kind), *refs[:count], mask, *refs[count + 2 :])
 
     specs = _specs(blocks, h, sights.query_places.shape[1], at)
     size = sum(x.size * x.dtype.itemsize for x in (*operands, *results))
     pairs = B * K * G * T * S // 2
+    cost = pl.CostEstimate(
+        flops=2 * products * pairs * h,
+        bytes_accessed=size,
+        transcendentals=pairs * (1 if options.soft_cap is None else 2),
+    )
     return pl.pallas_call(
         run,
         name=name,
@@ -443,7 +446,7 @@ def _call(kernel, name, options, sights, inputs, operands, outputs, results, sum
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * (3 if by_keys else 4) + ("arbitrary",) * (2 if by_keys else 1)
         ),
-        cost_estimate=pl.CostEstimate(flops=2 * products * pairs * h, bytes_accessed=size, transcendentals=pairs),
+        cost_estimate=cost,
         interpret=options.interpret,
     )(
         sights.first_query,
