@@ -23,7 +23,7 @@ class Roofline:
 
     @property
     def limits(self) -> dict[str, float]:
-        """{"compute", "memory", "interconnect", "network": seconds}; collectives over several axes follow each other."""
+        """{"compute", "memory", "interconnect", "network": seconds}; collectives over different axes take turns."""
         found = {"compute": self.compute, "memory": self.memory, "interconnect": sum(self.interconnect.values())}
         return found | ({"network": self.network} if self.network is not None else {})
 
