@@ -202,7 +202,7 @@ class _Counter:
                 sums.add(self.fused(operation.called()))
             else:
                 self._arithmetic(sums, computation, operation)
-                self._collective(sums, computation, operation)
+                self._collective(sums, computation, operation, fused=True)
         return sums
 
     def _arithmetic(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
@@ -219,7 +219,7 @@ class _Counter:
             sums.row(sums.kernels, kernel, (1, flops))
             sums.silent |= set() if estimate else {kernel}
 
-    def _collective(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
+    def _collective(self, sums: _Sums, computation: Computation, operation: Operation, fused: bool = False) -> None:
         kind = _KIND.get(operation.code)
         if operation.code == "recv":
             self._between_slices(sums, operation)
@@ -228,7 +228,7 @@ class _Counter:
         elif kind is not None and not _resumed(computation, operation):
             axes, n = self.axes.of_groups(_GROUPS.search(operation.attributes)[1])
             size = sum(part.bytes for part in _output(operation))
-            if kind == "all-reduce" and _scattered(computation, operation):
+            if kind == "all-reduce" and fused and _scattered(computation, operation.name):
                 kind, size = "reduce-scatter", size // n
             if n > 1:
                 sums.row(sums.collectives, (kind, axes), (_received(kind, size, n), 1, size))
@@ -401,12 +401,15 @@ def _passed_on(computation: Computation, user: Operation, position: int) -> bool
     return (user.code == "tuple" and user.root) or _resumed(computation, user)
 
 
-def _scattered(computation: Computation, operation: Operation) -> bool:
-    """Whether an all-reduce within a fusion is cut to the device's part there: how a TPU runs a reduce-scatter."""
-    if "from-cross-replica-sharding" not in operation.attributes:
-        return False
-    users = [user for user, _ in computation.users[operation.name]]
-    return bool(users) and all(user.code == "dynamic-slice" for user in users)
+def _scattered(computation: Computation, name: str) -> bool:
+    """Whether all that a fusion does with an all-reduce is to cut out the device's part: how a TPU scatters sums."""
+    users = [user for user, _ in computation.users[name]]
+    return bool(users) and all(
+        _scattered(computation, user.name)
+        if user.code in ("get-tuple-element", "bitcast")
+        else user.code == "dynamic-slice"
+        for user in users
+    )
 
 
 def _plain_traffic(operation: Operation, operands: list[tuple[Part, ...]], outputs: tuple[Part, ...]) -> int:
