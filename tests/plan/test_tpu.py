@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,6 +82,37 @@ def test_two_slices_send_their_gradients():
     assert costs.flops == 7 * L * PRODUCT // 8
     assert costs.between_slices["all-reduce"].bytes == PARAMETERS // 4
     assert costs.gathered == {("fsdp",): 2 * PARAMETERS}
+
+
+def test_a_product_larger_than_vmem_moves_through_hbm():
+    """Two operands are read and the product is written, 128 MiB each."""
+    where = NamedSharding(mesh_over(open_topology("v5e:1x1"), x=1), P())
+    x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=where)
+    costs = analyse(jax.jit(lambda x, w: x @ w).lower(x, x).compile().as_text(), {"x": 1})
+    assert (costs.hbm_bytes, costs.flops) == (3 * 2 * 8192**2, 2 * 8192**3)
+
+
+def test_residuals_on_the_host_go_there_and_back():
+    """A layer's input, [1024, 256] f32 in each of 4 layers, to the host in the forward pass, back in the backward."""
+    layers, rows, width = 4, 1024, 256
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["in"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def loss(ws, x):
+        def layer(h, w):
+            return jnp.tanh(checkpoint_name(h, "in") @ w), None
+
+        return jax.lax.scan(jax.checkpoint(layer, policy=policy), x, ws)[0].sum()
+
+    where = NamedSharding(mesh_over(open_topology("v5e:1x1"), x=1), P())
+    ws = jax.ShapeDtypeStruct((layers, width, width), jnp.float32, sharding=where)
+    x = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=where)
+    costs = analyse(jax.jit(jax.grad(loss)).lower(ws, x).compile().as_text(), {"x": 1})
+    assert costs.host_bytes == 2 * layers * 4 * rows * width
 
 
 @pytest.mark.parametrize("estimate", [None, pl.CostEstimate(flops=1234, transcendentals=0, bytes_accessed=99)])
