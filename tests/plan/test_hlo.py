@@ -191,15 +191,15 @@ def test_a_scanned_fsdp_layer_gathers_its_weights_twice():
 
 LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=1
 
-%body (p: (s32[], f32[4], s32[])) -> (s32[], f32[4], s32[]) {
-  %p = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}) parameter(0)
+%body (p: (s32[], f32[4], s32[], s32[])) -> (s32[], f32[4], s32[], s32[]) {
+  %p = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %n = s32[]{:T(128)} get-tuple-element(%p), index=2
-  %one = s32[] constant(1)
+  %one = s32[]{:T(128)} get-tuple-element(%p), index=3
   %i2 = s32[]{:T(128)} add(%i, %one)
   %i3 = s32[]{:T(128)} add(%i2, %one)
   %x = f32[4]{0:T(128)S(1)} get-tuple-element(%p), index=1
-  ROOT %t = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}) tuple(%i3, %x, %n)
+  ROOT %t = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) tuple(%i3, %x, %n, %one)
 }
 
 %compare (a: s32[], b: s32[]) -> pred[] {
@@ -208,8 +208,8 @@ LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=1
   ROOT %lt = pred[] compare(%a, %b), direction=DIRECTION
 }
 
-%condition (p.1: (s32[], f32[4], s32[])) -> pred[] {
-  %p.1 = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}) parameter(0)
+%until (p.1: (s32[], f32[4], s32[], s32[])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
   %n.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=2
   ROOT %c = pred[]{:T(512)} fusion(%i.1, %n.1), kind=kLoop, calls=%compare
@@ -219,8 +219,9 @@ ENTRY %main (x.1: f32[4]) -> f32[4] {
   %x.1 = f32[4]{0:T(128)} parameter(0)
   %zero = s32[] constant(START)
   %limit = s32[] constant(9)
-  %start = (s32[], f32[4]{0:T(128)}, s32[]) tuple(%zero, %x.1, %limit)
-  %w = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}) while(%start), condition=%condition, body=%body
+  %step = s32[] constant(1)
+  %start = (s32[], f32[4]{0:T(128)}, s32[], s32[]) tuple(%zero, %x.1, %limit, %step)
+  %w = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) while(%start), condition=%until, body=%body
   ROOT %r = f32[4]{0:T(128)S(1)} get-tuple-element(%w), index=1
 }
 """
@@ -231,7 +232,7 @@ ENTRY %main (x.1: f32[4]) -> f32[4] {
     [("LT", 0, 5), ("LE", 0, 5), ("LE", 1, 5), ("LT", 1, 4), ("NE", 1, 4), ("NE", 0, None), ("GT", 0, None)],
 )
 def test_trips_of_a_loop_in_a_tpus_words(direction, start, count):
-    """By twos up to 9, which the loop carries unchanged, compared in a fusion; a loop in Python says how often."""
+    """By twice one up to 9, both carried unchanged, compared in a fusion; a loop in Python says how often."""
     program = read(LOOP.replace("DIRECTION", direction).replace("START", str(start)))
     entry = program.computations[program.entry]
     assert trips(program, entry, entry.operations["w"], {}).count == count
