@@ -208,7 +208,7 @@ LOOP = """HloModule jit_f, is_scheduled=true, num_partitions=1
   ROOT %lt = pred[] compare(%a, %b), direction=DIRECTION
 }
 
-%until (p.1: (s32[], f32[4], s32[], s32[])) -> pred[] {
+%end (p.1: (s32[], f32[4], s32[], s32[])) -> pred[] {
   %p.1 = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
   %n.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=2
@@ -221,7 +221,7 @@ ENTRY %main (x.1: f32[4]) -> f32[4] {
   %limit = s32[] constant(9)
   %step = s32[] constant(1)
   %start = (s32[], f32[4]{0:T(128)}, s32[], s32[]) tuple(%zero, %x.1, %limit, %step)
-  %w = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) while(%start), condition=%until, body=%body
+  %w = (s32[]{:T(128)}, f32[4]{0:T(128)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}) while(%start), condition=%end, body=%body
   ROOT %r = f32[4]{0:T(128)S(1)} get-tuple-element(%w), index=1
 }
 """
