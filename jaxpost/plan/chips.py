@@ -24,9 +24,9 @@ _CARD = "a 400 Gbit/s card a GPU, as in systems of https://github.com/mlcommons/
 class Chip:
     """A chip, which jax shows as one device. Rates are a second, sizes bytes; None: not published.
 
-    flops: dense bf16. usable_bytes: memory that programs get. link_bandwidth: received over one link of the torus (TPU),
-    or over all of NVLink (GPU). dims: of the torus; 0 where a switch joins the chips of a host. network_bandwidth: received from other
-    slices or hosts, a chip. sources: where each figure is from.
+    flops: dense bf16. usable_bytes: memory that programs get. link_bandwidth: received over one link of the torus
+    (TPU), or over all of NVLink (GPU). dims: of the torus; 0 where a switch joins the chips of a host.
+    network_bandwidth: received from other slices or hosts, a chip. sources: where each figure is from.
     """
 
     name: str
@@ -45,12 +45,9 @@ class Chip:
 def _tpu(name: str, flops, memory, usable, bandwidth, link, dims, network, per_host, **sources) -> Chip:
     page = f"{_TPU_DOCS}{name}"
     cited = dict.fromkeys(("flops", "memory_bytes", "memory_bandwidth"), page)
-    cited |= {"link_bandwidth": page + _LINKS, "usable_bytes": _LIMIT} | (
-        {"network_bandwidth": page} if network else {}
-    )
-    return Chip(
-        name, "tpu", flops, memory, int(usable * GIB), bandwidth, link, dims, network, per_host, cited | sources
-    )
+    cited |= {"link_bandwidth": page + _LINKS, "usable_bytes": _LIMIT} | sources
+    cited |= {"network_bandwidth": page} if network else {}
+    return Chip(name, "tpu", flops, memory, int(usable * GIB), bandwidth, link, dims, network, per_host, cited)
 
 
 def _gpu(name: str, flops, memory, bandwidth, link, network, page: str) -> Chip:

@@ -9,8 +9,9 @@ import numpy as np
 
 UNKNOWN = ("?",)
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? ?\{([^}]*)\}")
+_MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? ?\{([^}]*)\}")
 _REFERENCE = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
+_TURNED = re.compile(r"\[([\d,]+)\]T\(([\d,]+)\)")
 _LISTS = re.compile(r"\{([\d,]*)\}")
 
 
@@ -26,13 +27,14 @@ def _iota(match: re.Match) -> np.ndarray:
 
 
 def _of_mesh(match: re.Match) -> np.ndarray:
-    """`mesh['a'=4,'b'=2] {'b'}`, with `, device_ids=([4,2]<=[8])` and references to a part of an axis, `'a':(1)2`."""
+    """`mesh['a'=4,'b'=2] {'b'}`, with `, device_ids=([2,4]T(1,0))` or (0,2,1,3) and parts of an axis, `'a':(1)2`."""
     sizes = {name.strip(" '"): int(size) for name, size in (axis.split("=") for axis in match[1].split(","))}
     shape = list(sizes.values())
     ids = np.arange(math.prod(shape))
     if match[2]:
-        iota = _IOTA.search(match[2])
-        ids = _iota(iota).reshape(-1) if iota else np.array(re.findall(r"\d+", match[2].split("]")[-1]), int)
+        turned = _TURNED.fullmatch(match[2])
+        listed = _numbers(turned[1] if turned else match[2])
+        ids = ids.reshape(listed).transpose(_numbers(turned[2])) if turned else np.array(listed)
     dims, chosen = [], []  # every axis as (before, the part, after)
     references = {name: (int(pre or 1), int(size or sizes[name])) for name, pre, size in _REFERENCE.findall(match[3])}
     for name, size in sizes.items():
@@ -86,7 +88,7 @@ class Axes:
         self.names = [name for name, size in local.items() if size > 1]
         self._sizes = local
         shape = [local[name] for name in self.names]
-        self._places = np.indices(shape).reshape(len(shape), -1)  # [axes, devices]
+        self._places = np.indices(shape).reshape(len(shape), math.prod(shape))  # [axes, devices]
         self.of_groups, self.of_pairs = functools.cache(self._of_groups), functools.cache(self._of_pairs)
 
     def size(self, axes: tuple[str, ...]) -> int:

@@ -36,6 +36,9 @@ _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(
 _KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"}
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
+# What may lead from one memory to another.
+_COPIES = {"copy", "copy-start", "slice-start", "dynamic-slice", "dynamic-slice-start"}
+_COPIES |= {"dynamic-update-slice", "dynamic-update-slice-start"}
 # Nothing is moved by these, or by what they call or began.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "while", "conditional", "call", "send", "send-done", "recv", "recv-done", "async-update"}
@@ -202,7 +205,7 @@ class _Counter:
                 sums.add(self.fused(operation.called()))
             else:
                 self._arithmetic(sums, computation, operation)
-                self._collective(sums, computation, operation)
+                self._collective(sums, computation, operation, fused=True)
         return sums
 
     def _arithmetic(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
@@ -219,7 +222,7 @@ class _Counter:
             sums.row(sums.kernels, kernel, (1, flops))
             sums.silent |= set() if estimate else {kernel}
 
-    def _collective(self, sums: _Sums, computation: Computation, operation: Operation) -> None:
+    def _collective(self, sums: _Sums, computation: Computation, operation: Operation, fused: bool = False) -> None:
         kind = _KIND.get(operation.code)
         if operation.code == "recv":
             self._between_slices(sums, operation)
@@ -228,7 +231,7 @@ class _Counter:
         elif kind is not None and not _resumed(computation, operation):
             axes, n = self.axes.of_groups(_GROUPS.search(operation.attributes)[1])
             size = sum(part.bytes for part in _output(operation))
-            if kind == "all-reduce" and _scattered(computation, operation):
+            if kind == "all-reduce" and fused and _scattered(computation, operation.name):
                 kind, size = "reduce-scatter", size // n
             if n > 1:
                 sums.row(sums.collectives, (kind, axes), (_received(kind, size, n), 1, size))
@@ -269,8 +272,9 @@ class _Counter:
                 return
         operands = [_parts(computation, operand) for operand in operation.operands]
         outputs = _output(operation)
-        if operation.code in ("copy", "copy-start") and any(part.space == HOST for part in (*outputs, *operands[0])):
-            sums.number("host", sum(part.bytes for part in outputs))
+        if operation.code in _COPIES and any(part.space == HOST for part in (*outputs, *operands[0])):
+            moved = operands[1] if "update" in operation.code else outputs
+            sums.number("host", sum(part.bytes for part in moved))
         if operation.code == "fusion":
             reads, written = self.fusion_traffic(operation.called())
             for read_bytes, operand in zip(reads, operands, strict=True):
@@ -294,7 +298,7 @@ class _Counter:
         for user, position in computation.users[source.name]:
             if user.code in ("dynamic-slice", "slice", "gather") and position == 0:
                 total += user.bytes
-            elif user.code == "bitcast":
+            elif user.code == "bitcast" and not user.root:
                 total += self._read(computation, user)
             elif user.code == "fusion":
                 total += self.fusion_traffic(user.called())[0][position]
@@ -401,12 +405,15 @@ def _passed_on(computation: Computation, user: Operation, position: int) -> bool
     return (user.code == "tuple" and user.root) or _resumed(computation, user)
 
 
-def _scattered(computation: Computation, operation: Operation) -> bool:
-    """Whether an all-reduce within a fusion is cut to the device's part there: how a TPU runs a reduce-scatter."""
-    if "from-cross-replica-sharding" not in operation.attributes:
-        return False
-    users = [user for user, _ in computation.users[operation.name]]
-    return bool(users) and all(user.code == "dynamic-slice" for user in users)
+def _scattered(computation: Computation, name: str) -> bool:
+    """Whether all that a fusion does with an all-reduce is to cut out the device's part: how a TPU scatters sums."""
+    users = [user for user, _ in computation.users[name]]
+    return bool(users) and all(
+        _scattered(computation, user.name)
+        if user.code in ("get-tuple-element", "bitcast")
+        else user.code == "dynamic-slice"
+        for user in users
+    )
 
 
 def _plain_traffic(operation: Operation, operands: list[tuple[Part, ...]], outputs: tuple[Part, ...]) -> int:
@@ -416,8 +423,8 @@ def _plain_traffic(operation: Operation, operands: list[tuple[Part, ...]], outpu
     cut = sum(part.bytes for part in outputs)
     if operation.code in ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"):
         return min(cut, listed[0]) + sum(listed[1:]) + written
-    if operation.code == "dynamic-update-slice":
-        return 2 * listed[1] if listed[0] else listed[1]
+    if operation.code in ("dynamic-update-slice", "dynamic-update-slice-start"):
+        return listed[1] + (sum(part.bytes for part in operands[1]) if listed[0] else 0)
     if operation.code == "scatter":
         return 2 * listed[-1] + listed[1]
     return sum(listed) + written

@@ -12,8 +12,8 @@ from jaxpost.plan.hlo import Costs
 class Roofline:
     """Seconds that a call takes at least in each respect, were it alone; a real one takes longer than the longest.
 
-    interconnect: {axes: seconds} of the collectives within a slice or a host. network: between slices, or hosts of GPUs;
-    None where the chip's is not published and something is sent.
+    interconnect: {axes: seconds} of the collectives within a slice or a host. network: between slices, or hosts of
+    GPUs; None where the chip's is not published and something is sent.
     """
 
     compute: float
@@ -23,7 +23,7 @@ class Roofline:
 
     @property
     def limits(self) -> dict[str, float]:
-        """{"compute", "memory", "interconnect", "network": seconds}; collectives over different axes follow each other."""
+        """{"compute", "memory", "interconnect", "network": seconds}; collectives over different axes take turns."""
         found = {"compute": self.compute, "memory": self.memory, "interconnect": sum(self.interconnect.values())}
         return found | ({"network": self.network} if self.network is not None else {})
 
@@ -124,9 +124,9 @@ def _within_slice(mesh_shape: dict[str, int], slices: int) -> dict[str, int]:
 def _links(chip: Chip, devices: int, dims: Iterable[int]) -> int:
     """Links over which a chip receives in a collective of so many devices.
 
-    They are laid along the fewest sides of the torus, longest first, that hold them; two links a side where it closes to
-    a ring and they fill it, else one (a line's ends have one neighbour). A side closes where all are multiples of 4 (v4,
-    v5p: "all 4x4x4 and larger slices have full 3D tori", Google's page of v5p), or where it is a whole pod's 16 (v5e,
+    They are laid along the fewest sides of the torus, longest first, that hold them; two links a side where it closes
+    to a ring and they fill it, else one (a line's ends have one neighbour). A side closes where all are multiples of 4
+    (v4, v5p: Google's page of v5p says it of "all 4x4x4 and larger slices"), or where it is a whole pod's 16 (v5e,
     v6e: not stated of smaller slices, so the lower).
     """
     sides, held, links = sorted(dims, reverse=True), 1, 0
