@@ -335,19 +335,20 @@ class Decoder(nn.Module):
         def period(carry, xs):
             x, kvs = carry
             stacked, index = xs
-            rows = {path: jnp.split(leaf, len(leaf)) for path, leaf in flatten_dict(stacked).items()}
             routers, stored = [], []
             for i in range(P):
-                # A split once, so that its gradient is one concatenation.
-                own = {path: (split, stack_row(kinds, i, path[0])) for path, split in rows.items()}
-                own = unflatten_dict({path: split[row][0] for path, (split, row) in own.items() if row is not None})
-                step = self._remat(functools.partial(apply, i))
-                x, kv, router = step(x, own, kvs and kvs[i], index, first + index * P + i)
+
+                def step(x, stacked, *rest, i=i):
+                    return apply(i, x, _row(stacked, kinds, i), *rest)
+
+                x, kv, router = self._remat(step)(x, stacked, kvs and kvs[i], index, first + index * P + i)
                 stored.append(kv)
                 routers += [] if router is None else [router]
             return (x, kvs and tuple(stored)), jnp.stack(routers) if routers else None
 
-        periods = jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
+        # What the backward pass reads of the scan's own slices, as they are, is not kept once more: a layer is taken out
+        # of its period inside what is computed again, and a period of one is the layer.
+        periods = params if P == 1 else jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
         indices = jnp.arange(count // P, dtype=jnp.int32)
         (x, kvs), routers = jax.lax.scan(period, (x, kvs and kvs[:P]), (periods, indices), unroll=self.unroll or 1)
         return x, kvs or (), [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
@@ -357,6 +358,14 @@ class Decoder(nn.Module):
             return function
         # The barrier against merging both computations costs time and is only needed in straight code (jax.checkpoint).
         return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll)
+
+
+def _row(stacked, kinds, i):
+    """The parameters of the i-th layer of a period; of a period of one, all."""
+    if len(kinds) == 1:
+        return stacked
+    rows = {path: (leaf, stack_row(kinds, i, path[0])) for path, leaf in flatten_dict(stacked).items()}
+    return unflatten_dict({path: leaf[row] for path, (leaf, row) in rows.items() if row is not None})
 
 
 class _Table(nn.Module):

@@ -120,18 +120,19 @@ def backward(vocab: Vocab, hidden, weight, targets, scored, log_normaliser, entr
             if capped is not None:
                 dz = dz * (1 - capped * capped)
             dz = (dz * (vocab.scale / vocab.temperature)).astype(table.dtype)
-            d_table = d_table + jnp.einsum("nd,nv->dv", states, dz, preferred_element_type=jnp.float32)
+            d_table = d_table + jnp.einsum("nv,nd->vd", dz, states, preferred_element_type=jnp.float32)
             d_states = jnp.einsum("nv,vd->nd", dz, table, preferred_element_type=jnp.float32)
             return put(d_hidden, take(d_hidden, i, vocab.width) + d_states, i, vocab.width), d_table
 
-        zeros = jnp.zeros(table.shape[::-1], jnp.float32)
-        d_hidden, d_table = jax.lax.fori_loop(0, count, body, (d_hidden, zeros))
-        d_part = d_table.astype(weight.dtype)
-        if vocab.over_dim:  # along the first dimension: along the last the TPU compiler makes an all-reduce of it
-            d_part = jax.lax.psum_scatter(d_part, vocab.over_dim, scatter_dimension=0, tiled=True)
+        d_hidden, d_part = jax.lax.fori_loop(0, count, body, (d_hidden, jnp.zeros(table.shape, jnp.float32)))
+        if vocab.over_dim:  # as an exchange: the TPU compiler makes an all-reduce of a scatter, twice the bytes
+            d_part = d_part.astype(weight.dtype).reshape(len(table), -1, weight.shape[1])
+            d_part = jax.lax.all_to_all(d_part, vocab.over_dim, split_axis=1, concat_axis=1, tiled=True)
+            d_part = d_part.astype(jnp.float32).sum(1)
+        d_part = d_part.astype(weight.dtype)
         d_part = jax.lax.psum(d_part, vocab.over_positions) if vocab.over_positions else d_part
         # Else the type in which the optimizer reads it moves into the loop: twice the memory until then.
-        return d_hidden, jax.lax.optimization_barrier(d_part.T)
+        return d_hidden, jax.lax.optimization_barrier(d_part)
 
     d_hidden, d_cut = jax.lax.scan(part, jnp.zeros(h.shape, jnp.float32), (cut, firsts))
     if vocab.over_words:
