@@ -1,5 +1,6 @@
 """The kernel of decoding, interpreted, against the plain form over all slots of the cache."""
 
+import functools
 import os
 
 import jax
@@ -31,8 +32,14 @@ def inputs(T=1, S=S, lengths=LENGTHS):
     return draw(B, T, K * G, h), draw(B, K, S, h), draw(B, K, S, h), jnp.asarray(positions), jnp.asarray(lengths)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "soft_cap"))
+def kernel(q, k, v, positions, lengths, **options):
+    return decode_attention(q, k, v, positions, lengths, scale=0.3, interpret=True, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "soft_cap"))
 def plain(q, k, v, positions, lengths, **options):
-    return cached_attention(q, k, v, positions, key_positions(lengths, k.shape[2]), **options)
+    return cached_attention(q, k, v, positions, key_positions(lengths, k.shape[2]), scale=0.3, **options)
 
 
 def equal_where_there_are_tokens(found, expected, positions, atol=1e-6):
@@ -41,32 +48,26 @@ def equal_where_there_are_tokens(found, expected, positions, atol=1e-6):
     np.testing.assert_allclose(found[there], expected[there], atol=atol)
 
 
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 30, "soft_cap": 0.7}])
+@pytest.mark.parametrize("T, options", [(1, {}), (3, {"window": 30, "soft_cap": 0.7})])
 def test_equals_the_plain_form(T, options):
-    found = decode_attention(*inputs(T), scale=0.3, interpret=True, **options)
-    equal_where_there_are_tokens(found, plain(*inputs(T), scale=0.3, **options), inputs(T)[3])
+    found = kernel(*inputs(T), **options)
+    equal_where_there_are_tokens(found, plain(*inputs(T), **options), inputs(T)[3])
 
 
-@pytest.mark.parametrize("window", [3, 17])
-def test_every_turn_of_a_ring(window):
+def test_every_turn_of_a_ring():
     """Rings of 19 slots that are a token longer from row to row, over more than two rounds."""
+    window = 17
     lengths = np.arange(1, 44, dtype=np.int32)
-    found = decode_attention(*inputs(1, 19, lengths), scale=0.3, window=window, interpret=True)
-    expected = plain(*inputs(1, 19, lengths), scale=0.3, window=window)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    found = kernel(*inputs(1, 19, lengths), window=window)
+    np.testing.assert_allclose(found, plain(*inputs(1, 19, lengths), window=window), atol=1e-6)
 
 
 def test_a_piece_with_places_that_hold_no_token():
-    """Rows that end within the T places of a call: -1 after their last."""
-    q, k, v, _, _ = inputs(4, lengths=LENGTHS[:3])
-    positions, lengths = (
-        jnp.array([[8, 9, -1, -1], [0, -1, -1, -1], [38, 39, 40, 41]], jnp.int32),
-        jnp.array([10, 1, 42]),
-    )
-    limits = {"scale": 0.3, "window": 6}
-    found = decode_attention(q, k, v, positions, lengths, interpret=True, **limits)
-    equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths, **limits), positions)
+    """Rows that end within the three places of a call: -1 after their last."""
+    q, k, v, _, _ = inputs(3, lengths=LENGTHS[:3])
+    positions, lengths = jnp.array([[8, 9, -1], [0, -1, -1], [39, 40, 41]], jnp.int32), jnp.array([10, 1, 42])
+    found = kernel(q, k, v, positions, lengths, window=6)
+    equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths, window=6), positions)
 
 
 def test_int8_equals_the_plain_form_of_the_same_integers():
@@ -74,27 +75,20 @@ def test_int8_equals_the_plain_form_of_the_same_integers():
     shape, scales = k.shape, tuple(jnp.zeros(k.shape[:3], jnp.float32) for _ in "kv")
     kv = KV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8), scales)
     slots = jnp.tile(jnp.arange(S, dtype=jnp.int32), (len(lengths), 1))
-    k, v, kv = extend(kv, None, k.swapaxes(1, 2), v.swapaxes(1, 2), slots, "float32")
-    found = decode_attention(q, kv.k, kv.v, positions, lengths, scale=0.3, scales=kv.scales, interpret=True)
-    equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths, scale=0.3), positions, atol=1e-5)
+    write = jax.jit(lambda kv, k, v: extend(kv, None, k.swapaxes(1, 2), v.swapaxes(1, 2), slots, "float32"))
+    k, v, kv = write(kv, k, v)
+    found = kernel(q, kv.k, kv.v, positions, lengths, scales=kv.scales)
+    equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths), positions, atol=1e-5)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_stacked_cache_is_read_at_a_traced_layer(scaled):
+def test_a_stacked_cache_is_read_at_a_traced_layer():
     q, k, v, positions, lengths = inputs()
     stack = lambda x: jnp.stack([x + 1, x, x - 1])  # noqa: E731
-    scales = tuple(abs(x.mean(axis=3)) for x in (k, v)) if scaled else None
-    expected = [
-        x if scales is None else x * scale[..., None] for x, scale in zip((k, v), scales or (1, 1), strict=True)
-    ]
-
-    @jax.jit
-    def at(layer):
-        stacked = jax.tree.map(stack, scales)
-        options = {"scale": 0.3, "scales": stacked, "layer": layer, "interpret": True}
-        return decode_attention(q, stack(k), stack(v), positions, lengths, **options)
-
-    equal_where_there_are_tokens(at(jnp.int32(1)), plain(q, *expected, positions, lengths, scale=0.3), positions, 1e-5)
+    scales = tuple(abs(x.mean(axis=3)) for x in (k, v))
+    expected = [x * scale[..., None] for x, scale in zip((k, v), scales, strict=True)]
+    stacked = {"scales": jax.tree.map(stack, scales), "layer": jnp.int32(1)}
+    found = kernel(q, stack(k), stack(v), positions, lengths, **stacked)
+    equal_where_there_are_tokens(found, plain(q, *expected, positions, lengths), positions, atol=1e-5)
 
 
 def test_blocks_that_no_query_sees_are_not_read():
@@ -107,19 +101,20 @@ def test_blocks_that_no_query_sees_are_not_read():
     fetched = (seen[:, None] & (of_block == of_block[:, None])[None]).any(axis=2)
     assert 0 < fetched.sum() < fetched.size / 2
     spoiled = [jnp.where(fetched[:, None, :, None], x, jnp.nan) for x in (k, v)]
-    found = decode_attention(q, *spoiled, positions, lengths, scale=0.3, window=window, interpret=True)
-    equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths, scale=0.3, window=window), positions)
+    found = kernel(q, *spoiled, positions, lengths, window=window)
+    equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths, window=window), positions)
 
 
 def test_visits_by_hand():
     """Four blocks of 8 slots: one token; a free row; half; once around, with all blocks; then only a window of it."""
     lengths = jnp.array([1, 0, 17, 35, 0], jnp.int32)
     at = jnp.where(lengths > 0, lengths - 1, -1)[:, None]
-    nearest, first, count = visits(at, lengths, 32, 8, None)
+    where = jax.jit(visits, static_argnums=(2, 3, 4))
+    nearest, first, count = where(at, lengths, 32, 8, None)
     np.testing.assert_array_equal(count, [1, 0, 3, 4, 0])
     np.testing.assert_array_equal(nearest, [0, 2, 2, 3, 4])  # a free row waits with the block of the next one
     np.testing.assert_array_equal(first[jnp.array([0, 2, 3])], [0, 0, 0])
-    _, first, count = visits(at, lengths, 32, 8, 5)  # tokens 30 to 34 stand in slots 30, 31, 0, 1, 2
+    _, first, count = where(at, lengths, 32, 8, 5)  # tokens 30 to 34 stand in slots 30, 31, 0, 1, 2
     np.testing.assert_array_equal(count, [1, 0, 2, 2, 0])
     np.testing.assert_array_equal(first[jnp.array([0, 2, 3])], [0, 1, 3])
 
@@ -136,7 +131,7 @@ def test_blocks_hold_about_a_step(monkeypatch):
 def test_shapes_that_do_not_fit():
     q, k, v, positions, lengths = inputs()
     with pytest.raises(ValueError, match="do not fit"):
-        decode_attention(q[:, :, :5], k, v, positions, lengths, scale=0.3, interpret=True)
+        kernel(q[:, :, :5], k, v, positions, lengths)
 
 
 @pytest.mark.parametrize("kind, layers", [("bfloat16", None), ("int8", 4)])
