@@ -1,7 +1,6 @@
 """The kernel of decoding, interpreted, against the plain form over all slots of the cache."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -153,15 +152,3 @@ def test_compiles_for_tpu_without_a_copy_of_the_cache(monkeypatch, tpu, kind, la
     compiled = jax.jit(step).lower(*arguments).compile()
     assert "decode_attention" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
-
-
-@pytest.fixture
-def tpu(monkeypatch):
-    """Where arrays lie on one chip of v5e, for a compiler that needs no chip."""
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, name, "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
