@@ -62,7 +62,8 @@ def grouped_product(rows: Array, weights: Array, sizes: Array, *, kernel: str) -
     """[M, n]: rows [M, m], which lie group by group, each times the weights [e, m, n] of its group.
 
     sizes: int32[e], rows of each group. The rows after the last group give zeros, and get and give no gradient.
-    kernel: "xla" is jax.lax.ragged_dot: exact, but on CPU and TPU it multiplies every row with every group's weights.
+    kernel: "xla" is jax.lax.ragged_dot: exact, but dense (every row with every group's weights) on CPU, and
+      on TPU in the gradient of the weights.
       "pallas" is the TPU kernel that ships with jax (megablox), which visits only tiles of rows that have a group;
       over a mesh inside a shard_map with check_vma=False. "interpret": the same without a TPU, slowly.
     """
