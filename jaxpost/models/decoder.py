@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost.models.cache import Cache, extend, key_positions
+from jaxpost.models.cache import Cache, extend
 from jaxpost.models.config import Layer, ModelConfig, stack_row
 from jaxpost.models.lora import PREFIX, Lora, column_norms, delta
 from jaxpost.models.quantize import weight_of
-from jaxpost.models.sharded import attend, gathered, lookup
-from jaxpost.ops.attention import Places, cached_attention
+from jaxpost.models.sharded import attend, attend_cached, gathered, lookup
+from jaxpost.ops.attention import Places
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
 from jaxpost.sharding.rules import constrain, partition_spec
@@ -154,6 +154,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     dtype: str
+    kernels: str
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -192,9 +193,9 @@ class MoE(nn.Module):
     def _own(self, x, logits, *weights, first_expert=0):
         e, tokens = self.config.experts, math.prod(x.shape[:2])
         routed = route(logits.reshape(tokens, -1), e.top_k, e.normalized)
-        activation = ACTIVATIONS[self.config.activation]
+        how = {"activation": ACTIVATIONS[self.config.activation], "kernel": self.kernels}
         flat = x.reshape(tokens, -1)
-        return expert_mlp(flat, *routed, *weights, activation=activation, first_expert=first_expert).reshape(x.shape)
+        return expert_mlp(flat, *routed, *weights, **how, first_expert=first_expert).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -208,6 +209,7 @@ class Block(nn.Module):
     kind: Layer
     dtype: str
     lora: Lora | None
+    kernels: str
 
     @nn.compact
     def __call__(self, x, tables, mix):
@@ -220,7 +222,7 @@ class Block(nn.Module):
         x = constrain(x + out, ("batch", "length", "hidden"))
         out = norm(name="mlp_norm")(x)
         if self.kind.experts:
-            out, router = MoE(c, self.dtype, name="moe")(out)
+            out, router = MoE(c, self.dtype, self.kernels, name="moe")(out)
         else:
             out = MLP(c, self.dtype, self.lora, name="mlp")(out)
         if c.post_norms:
@@ -288,9 +290,9 @@ class Decoder(nn.Module):
     def _mix_cached(self, positions, lengths, kind, kv, layer, q, k, v):
         """Attention to what the cache holds and the new tokens, which it then holds too."""
         c = self.config
-        k, v, kv = extend(kv, layer, k, v, positions, self.dtype)
+        kv = extend(kv, layer, k, v, positions)
         limits = {"scale": c.attention_scale, "window": kind.window, "soft_cap": c.attention_soft_cap}
-        return cached_attention(q, k, v, positions, key_positions(lengths, k.shape[2]), **limits), kv
+        return attend_cached(q, kv, layer, positions, lengths, kernels=self.kernels, **limits), kv
 
     def _table(self, name, axis, size):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
@@ -303,7 +305,7 @@ class Decoder(nn.Module):
         MoE layers in order: a list of [n, B, T, E].
         """
         P = len(kinds)
-        blocks = [Block(self.config, kind, self.dtype, self.lora, parent=None) for kind in kinds]
+        blocks = [Block(self.config, kind, self.dtype, self.lora, self.kernels, parent=None) for kind in kinds]
 
         def init(key):
             def stack(i, key):
@@ -346,8 +348,8 @@ class Decoder(nn.Module):
                 routers += [] if router is None else [router]
             return (x, kvs and tuple(stored)), jnp.stack(routers) if routers else None
 
-        # What the backward pass reads of the scan's own slices, as they are, is not kept once more: a layer is taken out
-        # of its period inside what is computed again, and a period of one is the layer.
+        # What the backward pass reads of the scan's own slices, as they are, is not kept once more. So a layer is taken
+        # out of its period inside what is computed again, and a period of one is the layer.
         periods = params if P == 1 else jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
         indices = jnp.arange(count // P, dtype=jnp.int32)
         (x, kvs), routers = jax.lax.scan(period, (x, kvs and kvs[:P]), (periods, indices), unroll=self.unroll or 1)

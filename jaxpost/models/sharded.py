@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxpost.models.cache import AXES as CACHE
+from jaxpost.models.cache import KV, key_positions, plain
 from jaxpost.ops import vocab
-from jaxpost.ops.attention import Places, attention
+from jaxpost.ops.attention import Places, attention, cached_attention
+from jaxpost.ops.decode import decode_attention
 from jaxpost.ops.flash import flash_attention
 from jaxpost.ops.logprobs import Head, TokenStats, row_logps
 from jaxpost.sharding.rules import RULES, constrain, partition_spec
@@ -40,7 +43,7 @@ def _over(axis: str, size: int) -> tuple[str, ...]:
     """The mesh axes, of more than one device, that a dimension with this logical axis is split over."""
     (entry,) = partition_spec((axis,), (size,), _sizes())
     names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-    return tuple(name for name in names if _sizes()[name] > 1)
+    return tuple(name for name in names if _sizes().get(name, 1) > 1)
 
 
 def _only(axis: str, size: int) -> str | None:
@@ -234,6 +237,32 @@ def attend(q: Array, k: Array, v: Array, places: Places, *, kernels: str, **limi
     rows = [partition_spec((axis, other), q.shape[:2], sizes) for axis, other in (("batch", "length"), ("batch", None))]
     mapped = jax.shard_map(local, in_specs=(*specs, *rows), out_specs=specs[0], check_vma=False)
     return mapped(q, k, v, places, places)
+
+
+def attend_cached(q: Array, kv: KV, layer, positions: Array, lengths: Array, *, kernels: str, **limits) -> Array:
+    """`ops.attention.cached_attention` [B, T, H, h] of new tokens to a cache that holds them too.
+
+    layer: of a stacked KV. positions: int32[B, T]. lengths: int32[B], the new tokens included. The rest: as `attend`.
+    """
+    sizes, (K, S, h) = _sizes(), kv.k.shape[-3:]
+    split = [math.prod(sizes[name] for name in _over(axis, n)) for axis, n in (("heads", q.shape[2]), ("kv_heads", K))]
+    # What else the kernel can do the compiler would copy the cache for.
+    if kernels == "xla" or h % 128 or S % 8 or len(set(split)) > 1:
+        k, v = plain(kv, layer, q.dtype)
+        return cached_attention(q, k, v, positions, key_positions(lengths, S), **limits)
+    stack = () if layer is None else ("layers",)
+    decode = functools.partial(decode_attention, **limits, interpret=kernels == "interpret")
+
+    def local(q, kv, layer, positions, lengths):
+        return decode(q, kv.k, kv.v, positions, lengths, scales=kv.scales, layer=layer)
+
+    if not sizes:
+        return local(q, kv, layer, positions, lengths)
+    place = lambda axes, x: partition_spec(axes, x.shape, sizes)  # noqa: E731
+    q_spec = place(("batch", None, "heads", "head_dim"), q)
+    kv_spec = jax.tree.map(lambda x: place((*stack, *CACHE[: x.ndim - len(stack)]), x), kv)
+    specs = q_spec, kv_spec, PartitionSpec(), place(("batch", None), positions), place(("batch",), lengths)
+    return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(q, kv, layer, positions, lengths)
 
 
 def _own_heads(x, heads: int, group: int):

@@ -68,5 +68,5 @@ def _slices(devices: Sequence) -> list[list]:
 
 
 def platform(mesh: Mesh | None) -> str:
-    """"cpu", "gpu" or "tpu": where programs over this mesh run, which for a plan is not where they are compiled."""
+    """ "cpu", "gpu" or "tpu": where programs over this mesh run, which for a plan is not where they are compiled."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

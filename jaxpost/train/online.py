@@ -17,11 +17,8 @@ import numpy as np
 
 from jaxpost import embedded
 from jaxpost.config import to_dict
-from jaxpost.data.formats import Example
 from jaxpost.errors import EngineError, ScoreError, UserError
 from jaxpost.sampling.engine import sample
-from jaxpost.models.cache import Cache
-from jaxpost.sampling.local import ADMITTED, LocalEngine, Slots
 from jaxpost.sharding import batch_sharding
 from jaxpost.train import inputs, planned
 from jaxpost.train.checkpoint import Checkpointer, checksum
@@ -30,15 +27,15 @@ from jaxpost.train.folder import write_config
 from jaxpost.train.frontier import write_frontier
 from jaxpost.train.loop import first_evaluation, first_state, state_layout, stop_signal
 from jaxpost.train.metrics import MetricsLog, open_writers
+from jaxpost.train.online_programs import online_programs
 from jaxpost.train.progress import Progress, print_table
 from jaxpost.train.report import GIB, end_tables, state_bytes
-from jaxpost.train.prompts import Asked
-from jaxpost.train.rollouts import Rollout, Rollouts, mean, said, to_batch
+from jaxpost.train.rollouts import Rollouts, mean, said, to_batch
 from jaxpost.train.run import LoadedModel, Run
 from jaxpost.train.scoring import Answer
 from jaxpost.train.setup import with_shardings
 from jaxpost.train.watch import Watch, last_good
-from jaxpost.types import Completion, Origin, TrainState
+from jaxpost.types import TrainState
 
 log = logging.getLogger("jaxpost")
 SIGNS = ("length", "repetition", "entropy", "no_eos", "spread", "duplicates")  # of reward hacking, in frontier.png
@@ -142,63 +139,6 @@ def fit_online(
             result.export(folder / "export")
             log.info("exported to %s", folder / "export")
     return result
-
-
-def online_programs(config, mesh, model, trained, rollouts, learn, shardings, state, frozen) -> list[planned.Program]:
-    """What a planned run compiles: the update of a step of the longest prompts and completions, and what draws them."""
-    c, most = config.rollout, config.sampling.max_new_tokens
-    drawn = Completion(np.zeros(most, np.int32), *[np.zeros(most, np.float32)] * 2, drawn_logps=np.zeros(most, np.float32))
-    asked = Asked({}, Example("prompt", "", (), Origin("planned", 1), "planned"), np.zeros(c.max_prompt_tokens, np.int32))
-    count = c.prompts_per_step * c.completions_per_prompt
-    groups = ((drawn,) * c.completions_per_prompt,) * c.prompts_per_step
-    rollout = Rollout(np.arange(c.prompts_per_step), (asked,) * c.prompts_per_step, groups, np.zeros(count), {})
-    branches = {"branches": c.completions_per_prompt, "minibatches": config.ppo.minibatches}
-    batch, microbatches = to_batch(rollout, config.batch, **branches)
-    batch = planned.as_shapes(batch, mesh)
-    parts = microbatches * config.ppo.minibatches
-    rows, tokens = batch.rows.tokens.shape
-    update = planned.Program(
-        "update",
-        jax.jit(learn(microbatches), donate_argnums=0, out_shardings=(shardings, None)),
-        (state, frozen, batch),
-        ledger={**planned.of_state(state), **frozen, "batch": batch},
-        calls=1,
-        policy=model.policy,
-        rows=(rows // parts, tokens),
-        passes=parts * ((1 + 3 * config.ppo.epochs) * len(trained.abstract) + 1),  # of the reference
-        trained=state.params,
-    )
-    scorers = [rollouts.scorer, *getattr(rollouts.scorer, "scorers", ()), rollouts.gold]
-    models = [scorer for scorer in scorers if getattr(scorer, "model", None) is not None]
-    return [
-        update,
-        *sampling_programs(config, model, state, frozen, rollouts),
-        *(scorer.program(config.batch.rows_per_step, config.batch.tokens_per_row, mesh) for scorer in models),
-    ]
-
-
-def sampling_programs(config, model, state, frozen, rollouts) -> list[planned.Program]:
-    """What the engine of a planned run compiles, none where a server draws."""
-    engine, c = rollouts.engine, config.rollout
-    if not isinstance(engine, LocalEngine):
-        return []
-    count, slots = c.prompts_per_step * c.completions_per_prompt, engine.rounded(engine.slots)
-    rows, piece = engine.rounded(engine.prefill_rows), min(engine.prefill_tokens, engine.context)
-    new = config.sampling.max_new_tokens
-    calls = {
-        "prefill": -(-c.prompts_per_step // rows) * -(-c.max_prompt_tokens // piece),
-        "admit": -(-count // ADMITTED),
-        "decode": -(-count // slots) * -(-new // engine.block_steps),
-    }
-    shapes = {"prefill": (rows, piece), "admit": (ADMITTED, 0), "decode": (slots, 1)}
-    passes = {"prefill": 1, "admit": 0, "decode": engine.block_steps}
-    found = []
-    whole = model.policy.whole(state.params["policy"], frozen)
-    for name, fn, args in engine.programs(whole, rollouts.settings, engine.context):
-        caches = [arg for arg in args if isinstance(arg, Cache | Slots)]
-        ledger = {"KV cache": caches} if name == "admit" else {"policy": args[0], "KV cache": caches}
-        found.append(planned.Program(name, fn, args, ledger, calls[name], model.policy, shapes[name], passes[name]))
-    return found
 
 
 def _everywhere(mesh):

@@ -2,8 +2,8 @@
 
 Its stage is gone through as ever, under `over(devices)`: the mesh is made of these devices, be they here or only
 described; weights are shapes in their shards; data are placeholders of the right kind; and where training would begin
-the loop hands over its programs (`finish`) instead. So whatever a stage computes is planned, and a new one needs nothing
-for it.
+the loop hands over its programs (`finish`) instead. So whatever a stage computes is planned, and a new one needs
+nothing for it.
 """
 
 import contextlib

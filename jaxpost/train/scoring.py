@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from jaxpost.data.rows import build_batch
-
 from jaxpost.errors import ConfigError, DataError, ScoreError
 from jaxpost.sharding import named_shardings, with_dtype
 from jaxpost.tasks.functions import Function
@@ -108,10 +107,8 @@ class PlannedScorer:
         axes, shape = policy.axes()["score"], with_dtype(policy.abstract()["score"], like)
         params["score"] = with_shardings(shape, named_shardings(axes, mesh, shape))
         (example, *_), branches = planned.documents("unpaired", None)
-        batch = build_batch(
-            [[example]], rows_per_step=rows, tokens_per_row=tokens, documents_per_row=DOCUMENTS_PER_ROW, branches=branches
-        )
-        batch = planned.as_shapes(batch, mesh)
+        shape = {"rows_per_step": rows, "tokens_per_row": tokens, "documents_per_row": DOCUMENTS_PER_ROW}
+        batch = planned.as_shapes(build_batch([[example]], **shape, branches=branches), mesh)
         score = jax.jit(functools.partial(batch_scores, policy))
         ledger = {"reward": params, "batch": batch}
         return planned.Program("scoring", score, (params, batch), ledger, 1, policy, (rows, tokens), 1)

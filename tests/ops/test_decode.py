@@ -9,6 +9,7 @@ import pytest
 
 import jaxpost.ops.decode as room
 from jaxpost.models.cache import KV, extend, key_positions
+from jaxpost.models.cache import plain as read
 from jaxpost.ops.attention import cached_attention
 from jaxpost.ops.decode import block_slots, decode_attention, visits
 
@@ -74,8 +75,9 @@ def test_int8_equals_the_plain_form_of_the_same_integers():
     shape, scales = k.shape, tuple(jnp.zeros(k.shape[:3], jnp.float32) for _ in "kv")
     kv = KV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8), scales)
     slots = jnp.tile(jnp.arange(S, dtype=jnp.int32), (len(lengths), 1))
-    write = jax.jit(lambda kv, k, v: extend(kv, None, k.swapaxes(1, 2), v.swapaxes(1, 2), slots, "float32"))
-    k, v, kv = write(kv, k, v)
+    write = jax.jit(lambda kv, k, v: extend(kv, None, k.swapaxes(1, 2), v.swapaxes(1, 2), slots))
+    kv = write(kv, k, v)
+    k, v = read(kv, None, "float32")
     found = kernel(q, kv.k, kv.v, positions, lengths, scales=kv.scales)
     equal_where_there_are_tokens(found, plain(q, k, v, positions, lengths), positions, atol=1e-5)
 
