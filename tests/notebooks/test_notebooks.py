@@ -3,7 +3,6 @@
 import ast
 import os
 import pathlib
-import sys
 
 import pytest
 
