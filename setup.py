@@ -31,7 +31,8 @@ PARQUET = ["pyarrow>=20"]
 QUALITY = ["datasketch>=2,<3"]
 HTTP = ["httpx2>=2.10,<3", "anyio>=4.9"]
 SERVER = ["starlette>=1,<2", "uvicorn>=0.40"]  # what tests sample from
-TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY, *HTTP, *SERVER]
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]  # execute docs/notebooks
+TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY, *HTTP, *SERVER, *NOTEBOOKS]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],

@@ -1,8 +1,10 @@
 """The notebooks: their form, and each one executed as a user would, with settings of the embedded world."""
 
 import ast
+import math
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -78,7 +80,10 @@ def assigned(source: str) -> set[str]:
 
 
 def execute(path: pathlib.Path, folder: pathlib.Path, settings: dict):
-    """The notebook with its outputs, run in `folder` by a kernel of this interpreter on one CPU device."""
+    """The notebook with its outputs, run in `folder` by a kernel of this interpreter on one CPU device.
+
+    Programs are compiled without most optimizations: most of the time of so few steps is the compiler's.
+    """
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     notebook = read(path)
@@ -86,8 +91,9 @@ def execute(path: pathlib.Path, folder: pathlib.Path, settings: dict):
     assert settings.keys() <= assigned(cell.source)
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(folder / "ipython")}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     environment.pop("XLA_FLAGS", None)  # the eight devices of the tests
-    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}})
     client.kernel_name = "python3"
     return client.execute(env=environment)
 
@@ -115,3 +121,49 @@ def test_form(path):
     for cell in code_cells(notebook):
         compile(transform(cell.source), path.name, "exec")
         assert not cell.outputs and cell.execution_count is None
+
+
+def executed(name: str, folder: pathlib.Path):
+    """(all that a notebook wrote, how many pictures) with the settings of the embedded world."""
+    notebook = execute(REPOSITORY / "docs" / "notebooks" / f"{name}.ipynb", folder, EMBEDDED[name])
+    return printed(notebook), pictures(notebook)
+
+
+@pytest.mark.slow
+def test_sft_and_dpo(tmp_path):
+    """The base answers neither question, the SFT model both, though no dialogue asks them; DPO begins at ln 2."""
+    text, drawn = executed("sft_dpo", tmp_path)
+    said = {name: re.findall(rf"^  {name} +(.*)$", text, flags=re.M) for name in ("base", "SFT", "DPO")}
+    assert drawn == 2 and all(len(answers) == 2 for answers in said.values())
+    for capital, base, sft in zip(("Kathmandu", "Budapest"), said["base"], said["SFT"], strict=True):
+        assert capital in sft and capital not in base
+    assert float(re.search(r"first loss (\S+)", text)[1]) == pytest.approx(math.log(2), abs=1e-5)
+    assert float(re.search(r"held-out pairs ranked right: ([\d.]+)%", text)[1]) > 80
+
+
+@pytest.mark.slow
+def test_reward_and_ppo(tmp_path):
+    """The good answer scores higher, PPO begins where it drew, and the reward on held-out prompts rises."""
+    text, drawn = executed("reward_ppo", tmp_path)
+    assert drawn == 2 and "not halted" in text
+    assert float(re.search(r"first loss (\S+)", text)[1]) == pytest.approx(math.log(2), abs=1e-5)
+    good, bad = (EMBEDDED["reward_ppo"][name] for name in ("GOOD", "BAD"))
+    scores = {answer: float(score) for score, answer in re.findall(r"^([+-]\d\S*)  (.+)$", text, flags=re.M)}
+    assert scores[good] > scores[bad]
+    assert float(re.search(r"first/ratio_error +(\S+)", text)[1]) < 1e-5
+    before, after = re.search(r"held-out prompts: (\S+) -> (\S+),", text).groups()
+    assert float(after) > float(before)
+
+
+@pytest.mark.slow
+def test_own_loss(tmp_path):
+    """The loss of the notebook passes its own check, trains beside DPO, and a misspelt argument is named."""
+    text, drawn = executed("own_loss", tmp_path)
+    assert drawn == 1
+    shares = [float(share) for share in re.findall(r"held out: ([\d.]+)% ranked right", text)]
+    assert len(shares) == 2 and min(shares) > 70
+    assert "loss.penality: __main__:positive takes beta, penalty" in text
+
+
+def test_every_notebook_is_executed():
+    assert {path.stem for path in NOTEBOOKS} == EMBEDDED.keys()
