@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 import shlex
@@ -9,8 +10,10 @@ import shlex
 import pytest
 
 from jaxpost import cli, schema
+from jaxpost.data import formats
 from jaxpost.keys import Config
 from jaxpost.losses import distill, policy, preference, reward, sft, unpaired
+from jaxpost.types import Origin
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -69,6 +72,13 @@ def test_keys_and_links(path):
     assert unknown_keys(text) == set()
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_examples_of_records_have_a_format(path):
+    for block in re.findall(r"^```json\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.S | re.M):
+        for number, line in enumerate(block.splitlines(), start=1):
+            assert formats.parse(json.loads(line), Origin(path.name, number)).completions
 
 
 def test_a_key_that_does_not_exist_is_found():
