@@ -17,7 +17,12 @@ from jaxpost.types import Origin
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
-WRITTEN = [DOCS / "migration.md", DOCS / "README.md", *sorted((DOCS / "guides").glob("*.md"))]
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
+WRITTEN = [
+    REPOSITORY / "README.md",
+    *(DOCS / f"{name}.md" for name in ("README", "migration", "ppo", "servers")),
+    *GUIDES,
+]
 SECTIONS = {name.partition(".")[0] for name in schema.keys(Config) if "." in name}
 FILES = {"json", "jsonl", "png", "py", "md", "html"}  # `reward.png` is no key
 
@@ -86,7 +91,7 @@ def test_a_key_that_does_not_exist_is_found():
     assert unknown_keys(text) == {"run.step", "loss.betta"}
 
 
-@pytest.mark.parametrize("path", [REPOSITORY / "README.md", *WRITTEN], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
 def test_commands_are_accepted(path):
     """Verbs exist, and every command with a --config resolves: its keys, their values, and all of them together."""
     for verb, *arguments in commands(path.read_text(encoding="utf-8")):
