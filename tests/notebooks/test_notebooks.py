@@ -5,6 +5,8 @@ import math
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -121,6 +123,20 @@ def test_form(path):
     for cell in code_cells(notebook):
         compile(transform(cell.source), path.name, "exec")
         assert not cell.outputs and cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_calls_pip_where_jaxpost_is_not(path, tmp_path):
+    """Run by IPython in a process of its own, with a `%pip` that prints what it is asked for."""
+    pytest.importorskip("IPython")
+    cell = read(path).cells[0].source.replace('find_spec("jaxpost")', 'find_spec("not_there")')
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell as S; s = S.instance(); "
+        f"s.register_magic_function(print, magic_name='pip'); s.run_cell({cell!r}).raise_error()"
+    )
+    environment = {**os.environ, "IPYTHONDIR": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r'install -q "jaxpost\[tpu,hf,plot\] @ git\+https://\S+"\n', out.stdout), out.stdout
 
 
 def executed(name: str, folder: pathlib.Path):
