@@ -1,7 +1,7 @@
 PYTHON ?= python
 TESTS ?=  # arguments of pytest, as in `make check TESTS="-m slow"`
 
-.PHONY: check format test slow claims
+.PHONY: check format test slow claims docs
 
 check:  ## style, import layers, fast tests
 	$(PYTHON) -m ruff check .
@@ -21,3 +21,6 @@ slow:  ## the tests that plain pytest leaves out
 
 claims:  ## what learns takes minutes and several seeds: writes docs/claims
 	$(PYTHON) -m tests.claims
+
+docs:  ## docs/keys.md and docs/api.md from the sources; notebooks without what running them left
+	$(PYTHON) docs/build.py
