@@ -175,7 +175,7 @@ class OnlineLoop:
                     with self.kept_by_errors(state, step - 1):
                         rollout = self.draw(step, state.params)
                 drawn = time.perf_counter() - began
-                if stopped.is_set():  # the journal has what was drawn
+                if stopped():  # the journal has what was drawn
                     self.keep(state, step - 1)
                     return self.stop(state, step - 1)
                 batch, microbatches = to_batch(rollout, self.config.batch, **self.shape())
@@ -189,7 +189,7 @@ class OnlineLoop:
                 self.evaluation = None
                 alarms = self.write(step, found, done, drawn)
                 halting = any(alarm.action == "halt" for alarm in alarms)
-                stopping = stopped.is_set()
+                stopping = stopped()
                 if step == total or (run.eval_every and step % run.eval_every == 0) or halting:
                     with self.kept_by_errors(state, step):
                         self.evaluate(state, step)
