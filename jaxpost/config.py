@@ -203,7 +203,10 @@ def _hosts_contradictions(hosts: HostsConfig):
     given = {name: getattr(hosts, name) for name in ("count", "index") if getattr(hosts, name) is not None}
     if hosts.coordinator is None:
         for name, value in given.items():
-            yield f"hosts.{name}", f"{value}, but hosts.coordinator is None: a run of one process; set host:port or auto"
+            yield (
+                f"hosts.{name}",
+                f"{value}, but hosts.coordinator is None: a run of one process; set it",
+            )
     elif hosts.coordinator != "auto":
         _, colon, port = hosts.coordinator.rpartition(":")
         if not colon or not port.isdecimal():

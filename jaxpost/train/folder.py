@@ -60,7 +60,9 @@ def _check_shared(folder: epath.Path) -> None:
         proof.unlink()
     if not all(seen):
         host = seen.index(False)
-        raise ConfigError(f"run.dir: {folder} on host {host} is not the one on host 0; it must be on storage of all hosts")
+        raise ConfigError(
+            f"run.dir: {folder} on host {host} is not the one on host 0; it must be on storage of all hosts"
+        )
 
 
 def _chosen(config) -> tuple[str, bool]:

@@ -90,7 +90,9 @@ def _initialize(settings) -> None:
             shutdown_timeout_seconds=math.ceil(settings.timeout_s),
         )
     except ValueError as error:
-        raise HostError(f"hosts.coordinator: {settings.coordinator!r}, but jax finds no cluster here ({error})") from None
+        raise HostError(
+            f"hosts.coordinator: {settings.coordinator!r}, but jax finds no cluster here ({error})"
+        ) from None
     except RuntimeError as error:
         if "must be called before" in str(error):
             raise HostError("hosts.coordinator: this process has used jax before; hosts join first of all") from None

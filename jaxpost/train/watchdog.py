@@ -6,13 +6,16 @@ whose reward function, all the others wait for.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import jax
 
@@ -22,7 +25,8 @@ from jaxpost.train import hosts
 GONE = 4  # exit code where another host is dead or has failed
 HUNG = 5  # where a phase took longer than hosts.step_timeout_s, and hosts.on_step_timeout is "end"
 EVERY_S = 1.0  # between two looks
-LINGER_S = 3 * EVERY_S
+LINGER_S = 3 * EVERY_S  # that the first host, whose end aborts the others, waits for them to end by themselves
+_handlers: list = []  # kept: C calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +71,14 @@ class Watchdog:
         enter("start")
         if self._several or self.settings.step_timeout_s is not None:
             self._thread.start()
+        if not hosts.first():
+            on_abort(self._aborted)
         return self
 
     def __exit__(self, _, error, __):
-        enter("end")
         if error is not None and self._several:
             self._fail(error)
+        enter("end")
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -142,6 +148,13 @@ class Watchdog:
         )
         self._end(GONE, line)
 
+    def _aborted(self):
+        line = (
+            f"jax has ended host {hosts.index()} in {_Main.phase}, for the reason above; it does so at once where host 0, "
+            "which coordinates, is gone. Start all hosts again with run.resume=True"
+        )
+        hosts.end(GONE, f"error: {line}")
+
     def _end(self, code: int, line: str):
         """Ends this process, told to the others; the first waits until these have ended too, or jax aborts them."""
         if self._several:
@@ -163,6 +176,17 @@ class Watchdog:
         line = str(error) if code == 2 else f"{type(error).__name__}: {error}"
         self._done.set()
         self._end(code, line)
+
+
+def on_abort(act: Callable[[], None]) -> None:
+    """Has `act` called when the process aborts, in the thread that does.
+
+    jax's client aborts from a thread of its own as soon as the coordinator is gone, and takes no callback of Python. A
+    handler of the module `signal` would wait for the main thread, which never comes.
+    """
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: act())
+    _handlers.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def _phase(told: str) -> str:
