@@ -169,6 +169,8 @@ def _contradictions(c: Config):
         yield "data.max_tokens", f"{c.data.max_tokens} is more than batch.tokens_per_row={batch.tokens_per_row}"
     yield from _quality_contradictions(c.data.quality)
     yield from _hosts_contradictions(c.hosts)
+    if c.hosts.coordinator is not None and c.sampling.engine == "http":
+        yield "sampling.engine", "'http', but of several hosts each would ask the server; leave hosts.coordinator None"
     sizes = dataclasses.asdict(mesh)
     for axis, size in sizes.items():
         if size == 0:

@@ -180,7 +180,7 @@ class Loop:
                 batch = next(batches)
                 self.waited += time.perf_counter() - asked
                 tokens = self.loader.tokens(step - 1)
-                watchdog.enter("step", step)
+                watchdog.enter("update", step)
                 batch = place(batch, self.mesh, rows, self.loader.rows_per_step)
                 state, found = self.step_fn(state, self.frozen, batch)
                 if run.profile and step == sum(run.profile) - 1:

@@ -1,6 +1,6 @@
 """Who is dead and what hangs: a thread that says so, in one line, while the main thread waits for ever.
 
-It knows the phase of the step that the main thread is in (data, step, evaluation, checkpoint, rollout, scoring). Of a
+It knows the phase of the step that the main thread is in (data, update, evaluation, checkpoint, rollout, scoring). Of a
 run of several hosts it tells the others every second, so that of a step that hangs everywhere one sees whose data, or
 whose reward function, all the others wait for.
 """
@@ -79,11 +79,11 @@ class Watchdog:
         if error is not None and self._several:
             self._fail(error)
         enter("end")
+        if self._several and error is None:
+            hosts.wait()  # while all are still watched: the first may have an export to finish
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._several:
-            self._tell("done", "")
 
     def _run(self):
         began = time.monotonic()
@@ -126,7 +126,7 @@ class Watchdog:
         now = time.monotonic()
         self._tell("phase", f"{phase} for {now - phase.since:.0f} s|{now}")
         try:
-            failed, done, phases = (self._heard(what) for what in ("failed", "done", "phase"))
+            failed, phases = self._heard("failed"), self._heard("phase")
         except RuntimeError:  # jax ends this process by itself when the coordinator is gone
             return
         for host, told in failed.items():
@@ -135,23 +135,23 @@ class Watchdog:
                 self._end(2 if told["code"] == 2 else GONE, f"host {host} ended: {told['line']}")
         for host, (said, when) in self._seen.items():
             told = phases.get(host, "")
-            if told != said or host in done:
+            if told != said:
                 self._seen[host] = told, now
             elif now - when > self.settings.silence_s:
                 self._lost(host, now - when)
 
     def _lost(self, host: int, seconds: float):
         line = (
-            f"host {host} has given no sign of life for {seconds:.0f} s (hosts.silence_s={self.settings.silence_s:g}): "
-            f"killed, or its machine is gone; last seen in {_phase(self._seen[host][0])}. Host {hosts.index()} ends too, "
-            f"in {_Main.phase}; start all hosts again with run.resume=True"
+            f"host {host} has given no sign of life for {seconds:.0f} s (hosts.silence_s={self.settings.silence_s:g}), "
+            f"last seen in {_phase(self._seen[host][0])}: killed, or its machine is gone. Host {hosts.index()} ends "
+            f"too, in {_Main.phase}; start all hosts again with run.resume=True"
         )
         self._end(GONE, line)
 
     def _aborted(self):
         line = (
-            f"jax has ended host {hosts.index()} in {_Main.phase}, for the reason above; it does so at once where host 0, "
-            "which coordinates, is gone. Start all hosts again with run.resume=True"
+            f"jax has ended host {hosts.index()} in {_Main.phase}, for the reason above; it does so at once where "
+            "host 0, which coordinates, is gone. Start all hosts again with run.resume=True"
         )
         hosts.end(GONE, f"error: {line}")
 
