@@ -33,7 +33,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Where a host keeps its files and how many processes tokenise is its own affair.
 OWN = ("hosts.index", "data.workers", "data.cache_dir", "reference.cache_dir", "run.compilation_cache")
 LONG_SECONDS = 24 * 3600  # between steps: who is dead or hangs meanwhile, the watchdog says
-MARGIN_S = 30  # by which our own message is ahead of jax's, which aborts the process
+MARGIN_S = 120  # by which our own message is ahead of jax's, which aborts the process
 _rounds = itertools.count()  # of told, gathered and wait: the same on every host
 
 

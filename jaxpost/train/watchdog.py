@@ -105,8 +105,10 @@ class Watchdog:
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         line = f"hosts.step_timeout_s: host {hosts.index()} is in {phase} for {seconds:.0f} s"
         line += "".join(f"; host {host}: {_phase(said)}" for host, (said, _) in sorted(self._seen.items()))
-        print(f"{stack}{line}", file=sys.stderr, flush=True)
-        if self.settings.on_step_timeout == "end":
+        if self.settings.on_step_timeout == "warn":
+            print(f"{stack}{line}", file=sys.stderr, flush=True)
+        else:
+            print(stack, end="", file=sys.stderr, flush=True)
             self._end(HUNG, line)
 
     # ---- the others ----
@@ -157,9 +159,9 @@ class Watchdog:
 
     def _end(self, code: int, line: str):
         """Ends this process, told to the others; the first waits until these have ended too, or jax aborts them."""
+        print(f"error: {line}", file=sys.stderr, flush=True)
         if self._several:
             self._tell("failed", {"code": code, "line": line})
-            print(f"error: {line}", file=sys.stderr, flush=True)
             time.sleep(LINGER_S if hosts.first() else 0)
         sys.stdout.flush()
         os._exit(code)
