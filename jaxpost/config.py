@@ -25,6 +25,7 @@ from jaxpost.keys import (
     STAGES_WITH_REFERENCE,
     STAGES_WITH_SCORES,
     Config,
+    HostsConfig,
     KlConfig,
     LoraConfig,
     LossConfig,
@@ -168,6 +169,9 @@ def _contradictions(c: Config):
     if c.data.max_tokens is not None and c.data.max_tokens > batch.tokens_per_row:
         yield "data.max_tokens", f"{c.data.max_tokens} is more than batch.tokens_per_row={batch.tokens_per_row}"
     yield from _quality_contradictions(c.data.quality)
+    yield from _hosts_contradictions(c.hosts)
+    if c.hosts.coordinator is not None and c.sampling.engine == "http":
+        yield "sampling.engine", "'http', but of several hosts each would ask the server; leave hosts.coordinator None"
     sizes = dataclasses.asdict(mesh)
     for axis, size in sizes.items():
         if size == 0:
@@ -200,6 +204,25 @@ def _contradictions(c: Config):
     yield from _reference_contradictions(c.reference)
     yield from _teacher_contradictions(c)
     yield from _rollout_contradictions(c)
+
+
+def _hosts_contradictions(hosts: HostsConfig):
+    given = {name: getattr(hosts, name) for name in ("count", "index") if getattr(hosts, name) is not None}
+    if hosts.coordinator is None:
+        for name, value in given.items():
+            yield (
+                f"hosts.{name}",
+                f"{value}, but hosts.coordinator is None: a run of one process; set it",
+            )
+    elif hosts.coordinator != "auto":
+        _, colon, port = hosts.coordinator.rpartition(":")
+        if not colon or not port.isdecimal():
+            yield "hosts.coordinator", f"{hosts.coordinator!r} is neither host:port nor auto"
+        for name in ("count", "index"):
+            if name not in given:
+                yield f"hosts.{name}", "missing; hosts.coordinator=host:port needs it"
+    if len(given) == 2 and hosts.index >= hosts.count:
+        yield "hosts.index", f"{hosts.index} is out of range; hosts.count={hosts.count}, and the first is 0"
 
 
 def _reference_contradictions(reference: ReferenceConfig):

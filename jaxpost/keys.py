@@ -305,6 +305,26 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """A run of several processes, one a host (docs/hosts.md)."""
+
+    coordinator: str | None = key(
+        "host:port of process 0; auto = as jax finds it (TPU slice, SLURM, GKE, MPI); None = a run of one process", None
+    )
+    count: int | None = key("processes; None = as jax finds it", None, low=1)
+    index: int | None = key("which of them this one is, from 0; None = as jax finds it", None, low=0)
+    timeout_s: float = key("seconds within which all must have joined", 300.0, above=0)
+    silence_s: float = key("seconds without a sign of life after which a host counts as dead", 100.0, low=5)
+    step_timeout_s: float | None = key(
+        "seconds in one phase of a step, the compilation of its first included, after which the watchdog speaks; "
+        "None = off",
+        None,
+        above=0,
+    )
+    on_step_timeout: Literal["warn", "end"] = key("then only say where it hangs, or end the process as well", "warn")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     dir: str | None = key("run folder, may be gs://; None = a new runs/STAGE-N", None)
     steps: int | None = key("optimizer steps; this or run.epochs", None, low=1)
@@ -362,6 +382,7 @@ class Config:
     optimizer: OptimizerConfig
     batch: BatchConfig
     mesh: MeshConfig
+    hosts: HostsConfig
     run: RunConfig
     precision: PrecisionConfig
     remat: RematConfig

@@ -24,7 +24,7 @@ from jaxpost.ops.logprobs import logits
 from jaxpost.sampling import draw
 from jaxpost.sampling.engine import Sampling, check_prompts, until_stop
 from jaxpost.sampling.trie import Trie, allowed, follow, make_trie
-from jaxpost.sharding import batch_shards, named_shardings
+from jaxpost.sharding import batch_shards, fetch, named_shardings
 from jaxpost.types import Array, Completion, record
 
 ADMITTED = 8  # completions that one call puts into slots
@@ -240,7 +240,7 @@ class _Session:
         enough = max(1, self.size // 16) if self.read or self.waiting else self.size
         steps = self.engine.block_steps
         self.slots, drawn = _block(self.policy, steps, self.params, self.filters, enough, self.slots)
-        count, ended, *values = jax.device_get(drawn)
+        count, ended, *values = fetch(drawn)
         for slot, found in self.running.items():
             ends = np.flatnonzero(ended[:count, slot])
             last = ends[0] + 1 if len(ends) else count

@@ -16,8 +16,8 @@ from jaxpost.config import to_dict
 from jaxpost.data import quality
 from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
-from jaxpost.sharding import batch_sharding, shardings_like
-from jaxpost.train import inputs, planned
+from jaxpost.sharding import host_rows, place, shardings_like
+from jaxpost.train import hosts, inputs, planned, watchdog
 from jaxpost.train.adapters import on_whole
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.evaluation import Evaluation, Evaluator
@@ -78,7 +78,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
         start = int(state.step)
         inputs.record(folder, inputs.describe(config, model, data))
         write_config(folder, config)
-        if config.data.quality.on:
+        if config.data.quality.on and hosts.first():
             quality.write(data.removed, folder / quality.NAME)
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
@@ -186,19 +186,23 @@ class Loop:
         """(state, finished). Stops after the present step, saved, when SIGTERM comes."""
         run, self.tokens, self.clock, pending = self.config.run, extra["num_tokens"], time.perf_counter(), None
         self.extra = extra
+        rows = host_rows(self.mesh, self.loader.rows_per_step)
         with (
             stop_signal() as stopped,
-            self.loader.iterate(start) as batches,
+            self.loader.iterate(start, rows) as batches,
             Progress(total, start) as self.bar,
         ):
             for step in range(start + 1, total + 1):
                 if run.profile and step == run.profile[0]:
                     jax.profiler.start_trace(str(self.folder / "profile"))
+                watchdog.enter("data", step)
                 asked = time.perf_counter()
                 batch = next(batches)
                 self.waited += time.perf_counter() - asked
-                tokens = int((batch.rows.segments > 0).sum())
-                state, found = self.step_fn(state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh)))
+                tokens = self.loader.tokens(step - 1)
+                watchdog.enter("update", step)
+                batch = place(batch, self.mesh, rows, self.loader.rows_per_step)
+                state, found = self.step_fn(state, self.frozen, batch)
                 if run.profile and step == sum(run.profile) - 1:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
@@ -206,7 +210,7 @@ class Loop:
                 if pending:  # written while the device works on the next step
                     self.write(*pending)
                 pending = (step, found, tokens)
-                stopping = stopped.is_set()
+                stopping = stopped()
                 evaluate = step == total or (run.eval_every and step % run.eval_every == 0)
                 save = step == total or stopping or (run.checkpoint_every and step % run.checkpoint_every == 0)
                 if evaluate or save:
@@ -222,6 +226,7 @@ class Loop:
                     self.checkpoints.wait()
                     log.warning("SIGTERM: saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
                     return state, step == total
+        watchdog.enter("end")
         self.checkpoints.wait()
         return state, True
 
@@ -254,13 +259,15 @@ class Loop:
         return waited / seconds
 
     def evaluate(self, state, step: int):
+        watchdog.enter("evaluation", step)
         self.evaluation = self.evaluator(state)
         if self.evaluation.metrics:
             self.metrics.write({"step": step, **self.evaluation.rows()})
 
     def save(self, state, step: int):
-        place, plan = self.loader.place(step - 1)._asdict(), self.loader.plan()
-        self.extra = {"num_tokens": self.tokens, "place": place, "plan": plan, **self.evaluator.extra(state.params)}
+        watchdog.enter("checkpoint", step)
+        where = {"place": self.loader.place(step - 1)._asdict(), "plan": self.loader.plan()}
+        self.extra = {"num_tokens": self.tokens, **where, **self.evaluator.extra(state.params)}
         loss = self.evaluation.metrics.get("loss") if self.evaluation else None
         self.checkpoints.save(step, state, self.extra, to_dict(self.config), loss)
 
@@ -274,13 +281,19 @@ def epoch_metrics(done: dict[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def stop_signal():
-    """An event that SIGTERM sets (what preemption sends); the former handler comes back afterwards."""
+    """() -> whether SIGTERM has come (what preemption sends), of several hosts to any; asked once a step.
+
+    The former handler comes back afterwards.
+    """
     event = threading.Event()
+    if hosts.count() > 1:
+        yield hosts.Stop()  # by the handler that jax has set
+        return
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield event
+        yield event.is_set
         return
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
+        yield event.is_set
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -18,7 +18,7 @@ from etils import epath
 from jaxpost import __version__
 from jaxpost.data.values import ValueStore, attach, key
 from jaxpost.errors import ConfigError
-from jaxpost.train import planned
+from jaxpost.train import hosts, planned
 from jaxpost.train.inputs import model_files
 from jaxpost.train.objectives import cached_reference, token_logps_of
 from jaxpost.train.per_token import fill
@@ -141,7 +141,7 @@ def _store(documents, digest: str, config, compute: Callable[[], ValueStore]) ->
     folder = epath.Path(config.reference.cache_dir) if config.reference.cache_dir else cache_folder() / "values"
     path = folder / f"{NAME}-{digest[:32]}"
     store = ValueStore.open(path, digest)
-    if store is not None:
+    if hosts.all_of(store is not None):  # each may have a cache of its own, and all take part in computing
         log.info("reference log-probabilities of %d documents read from %s", len(documents), path)
         return store
     store = compute()

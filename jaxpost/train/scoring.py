@@ -14,7 +14,7 @@ from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError, DataError, ScoreError
 from jaxpost.sharding import named_shardings, with_dtype
 from jaxpost.tasks.functions import Function
-from jaxpost.train import planned
+from jaxpost.train import hosts, planned
 from jaxpost.train.prompts import Asked
 from jaxpost.train.run import LoadedModel, load_model
 from jaxpost.train.scores import DOCUMENTS_PER_ROW, answer_document, batch_scores, score_documents, token_documents
@@ -169,7 +169,8 @@ class FunctionScorer:
     """Scores by a function `(question, answer, record) -> float` in processes of its own.
 
     question: messages as dicts, or raw text; answer: its visible text; record: what the prompt was read from. A call
-    that raises, gives no finite number, takes longer than timeout_s or ends its process is a failure of its answer.
+    that raises, gives no finite number, takes longer than timeout_s or ends its process is a failure of its answer. Of
+    several hosts each calls it for its share of the answers.
     """
 
     def __init__(self, path: str, key: str, *, timeout_s: float, workers: int):
@@ -178,12 +179,23 @@ class FunctionScorer:
 
     def __call__(self, answers: Sequence[Answer]) -> Scored:
         calls = [(answer.asked.question, answer.text, answer.asked.record) for answer in answers]
-        values, faults = self._function(calls)
+        values, faults = _spread(self._function, calls)
         failures = tuple((index, f"{self.name}: {_of(answers[index])}: {why}") for index, why in faults.items())
         return Scored(values, None, failures)
 
     def close(self) -> None:
         self._function.close()
+
+
+def _spread(function: Function, calls: Sequence[tuple]) -> tuple[np.ndarray, dict[int, str]]:
+    """`function(calls)`, of which each host makes every n-th call."""
+    n = hosts.count()
+    values, faults = function(calls[hosts.index() :: n])
+    every, said = np.full(len(calls), np.nan), {}
+    for host, (theirs, why) in enumerate(hosts.gathered([values.tolist(), list(faults.items())])):
+        every[host::n] = theirs
+        said |= {host + n * index: text for index, text in why}
+    return every, dict(sorted(said.items()))
 
 
 class WeightedSum:
