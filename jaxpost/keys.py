@@ -361,6 +361,16 @@ class RematConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Of `jaxpost plan`: what only you know of the hardware."""
+
+    price_per_chip_hour: float | None = key("of a chip, in any currency; None = no costs", None, above=0)
+    network_gbytes_per_s: float | None = key(
+        "GB/s of a chip to other slices or hosts; None = as published, if it is", None, above=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A resolved configuration. Made by `resolve`, never by hand."""
 
@@ -386,6 +396,7 @@ class Config:
     run: RunConfig
     precision: PrecisionConfig
     remat: RematConfig
+    plan: PlanConfig
     halt_when: tuple[str, ...] = key("rules over what is logged that end a run, as 'kl > 20' (train/watch.py)", ())
     warn_when: tuple[str, ...] = key("such rules that warn", ())
 

@@ -77,13 +77,16 @@ def working(program: Program, mesh) -> int:
 
 
 def _layer(program: Program, sizes, tokens: int, item: int) -> int:
-    """Weights of one layer, gathered; what they are multiplied with, and in training gradients of both."""
+    """The widest weights of a layer, gathered; what they are multiplied with, and in training gradients of both.
+
+    The multiples of the widths are those that fit what the TPU compiler made of the plans in configs/plans.
+    """
     c, tensor = program.policy.config, sizes["tensor"]
-    gathered = 0 if sizes["fsdp"] == 1 else _layer_weights(c, sizes) * item
+    gathered = 0 if sizes["fsdp"] == 1 else c.embed_dim * c.mlp_dim // tensor * item  # one in use, one on its way
     heads, mlp = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor, _mlp_width(c) // tensor
     if program.trained is None:
-        return gathered + tokens * item * (heads + 2 * mlp + 3 * c.embed_dim)
-    return 2 * gathered + tokens * item * (2 * heads + 5 * mlp + 6 * c.embed_dim)
+        return 2 * gathered + tokens * item * (heads + 2 * mlp + 3 * c.embed_dim)
+    return 2 * gathered + tokens * item * (3 * heads + 5 * mlp + 8 * c.embed_dim)
 
 
 def _head(program: Program, sizes, tokens: int, item: int) -> int:
