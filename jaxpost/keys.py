@@ -300,7 +300,7 @@ class MeshConfig:
     data: int = key("devices along `data` (weights copied); -1 = the rest", 1, low=-1)
     fsdp: int = key("devices along `fsdp` (weights and optimizer state split); -1 = the rest", -1, low=-1)
     expert: int = key("devices along `expert` (rows and a mixture's experts split); -1 = the rest", 1, low=-1)
-    context: int = key("devices along `context` (tokens of a row split); -1 = the rest", 1, low=-1)
+    context: int = key("devices along `context` (tokens of a row and weights split); -1 = the rest", 1, low=-1)
     tensor: int = key("devices along `tensor` (heads, mlp and vocabulary split); -1 = the rest", 1, low=-1)
 
 

@@ -17,7 +17,7 @@ from jaxpost.models.sharded import attend, attend_cached, gathered, lookup
 from jaxpost.ops.attention import Places
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
-from jaxpost.sharding.rules import constrain, partition_spec
+from jaxpost.sharding.rules import RULES, constrain, partition_spec
 from jaxpost.types import Array
 
 REMAT = {  # what the backward pass may keep instead of computing it again; None: everything
@@ -182,7 +182,8 @@ class MoE(nn.Module):
         def local(x, logits, *weights):
             x, logits = (jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, logits))
             dims = [axes.index("embed") for axes in EXPERT_AXES.values()]  # their gradients leave as they came
-            weights = [jax.lax.all_gather(w, "fsdp", axis=d, tiled=True) for w, d in zip(weights, dims, strict=True)]
+            over = RULES["embed"]
+            weights = [jax.lax.all_gather(w, over, axis=d, tiled=True) for w, d in zip(weights, dims, strict=True)]
             first = jax.lax.axis_index("expert") * (E // sizes["expert"])
             out = self._own(x, logits, *weights, first_expert=first)
             return jax.lax.psum(jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True), "tensor")

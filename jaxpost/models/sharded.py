@@ -19,7 +19,7 @@ from jaxpost.ops.attention import Places, attention, cached_attention
 from jaxpost.ops.decode import decode_attention
 from jaxpost.ops.flash import flash_attention
 from jaxpost.ops.logprobs import Head, TokenStats, row_logps
-from jaxpost.sharding.rules import RULES, constrain, partition_spec
+from jaxpost.sharding.rules import constrain, partition_spec
 from jaxpost.types import Array, Rows
 
 HIDDEN = ("batch", "length", "hidden")
@@ -55,7 +55,7 @@ def _only(axis: str, size: int) -> str | None:
 
 
 def gathered(weight: Array, axes: tuple[str, ...]) -> Array:
-    """A weight as a product needs it, whole along `fsdp`; its gradient is reduced into the shards it came from.
+    """A weight as a product needs it, its dimension "embed" whole; its gradient is reduced into the shards it came from.
 
     Without the second half a constraint's gradient has the constraint's layout: summed whole on every device.
     """
@@ -66,7 +66,7 @@ def gathered(weight: Array, axes: tuple[str, ...]) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered(axes, weight):
-    return constrain(weight, tuple(None if RULES[axis] == ("fsdp",) else axis for axis in axes))
+    return constrain(weight, tuple(None if axis == "embed" else axis for axis in axes))
 
 
 _gathered.defvjp(lambda axes, weight: (_gathered(axes, weight), None), lambda axes, _, g: (constrain(g, axes),))
@@ -76,9 +76,9 @@ _gathered.defvjp(lambda axes, weight: (_gathered(axes, weight), None), lambda ax
 
 
 def lookup(table: Array, tokens: Array) -> Array:
-    """table[tokens], [B, T, D], of a table [V, D] that is split along V (tensor) and D (fsdp).
+    """table[tokens], [B, T, D], of a table [V, D] that is split along V (tensor) and D (fsdp, context).
 
-    Every device looks up its columns for the rows of all, and the columns are exchanged for rows: the table is never
+    Every device looks up its columns for the tokens of all, and columns are exchanged for tokens: the table is never
     gathered, and of its gradient each device sums its own columns, in f32.
     """
     if not _sizes():
@@ -92,10 +92,11 @@ def _lookup(table, tokens):
 
     def local(table, tokens):
         index, there = _own_rows(table, tokens, words, dim)
-        found = jnp.where(there[..., None], jnp.take(table, index, axis=0), 0)
+        found = jnp.where(there[:, None], jnp.take(table, index, axis=0), 0)
         if dim:
-            found = jax.lax.all_to_all(found, dim, split_axis=0, concat_axis=2, tiled=True)
-        return jax.lax.psum(found, words) if words else found
+            found = jax.lax.all_to_all(found, dim, split_axis=0, concat_axis=1, tiled=True)
+        found = jax.lax.psum(found, words) if words else found
+        return found.reshape(*tokens.shape, -1)
 
     in_axes = (TABLE, table), (("batch", "length"), tokens)
     return _mapped(local, in_axes, _hidden_spec(tokens, table.shape[1]))
@@ -112,9 +113,10 @@ def _lookup_backward(residuals, g):
 
     def local(table, tokens, g):
         index, there = _own_rows(table, tokens, words, dim)
+        g = g.reshape(-1, g.shape[-1])
         if dim:
-            g = jax.lax.all_to_all(g, dim, split_axis=2, concat_axis=0, tiled=True)
-        g = jnp.where(there[..., None], g, 0).astype(jnp.float32)
+            g = jax.lax.all_to_all(g, dim, split_axis=1, concat_axis=0, tiled=True)
+        g = jnp.where(there[:, None], g, 0).astype(jnp.float32)
         total = jnp.zeros(table.shape, jnp.float32).at[index].add(g)
         return jax.lax.psum(total, over).astype(table.dtype)
 
@@ -126,7 +128,8 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _own_rows(table, tokens, words, dim):
-    """(rows of this device's shard [v, d], whether they are there) of the tokens of all devices along `dim`."""
+    """(rows of this device's shard [v, d], whether they are there), [N] of the tokens of all devices along `dim`."""
+    tokens = tokens.reshape(-1)
     if dim:
         tokens = jax.lax.all_gather(tokens, dim, axis=0, tiled=True)
     index = tokens - (jax.lax.axis_index(words) * len(table) if words else 0)
@@ -134,15 +137,15 @@ def _own_rows(table, tokens, words, dim):
     return jnp.where(there, index, 0), there
 
 
-def _table_axes(table) -> tuple[str | None, str | None]:
+def _table_axes(table) -> tuple[str | None, tuple[str, ...]]:
     """The mesh axes that a table [V, D] is split over."""
-    return tuple(map(_only, TABLE, table.shape))
+    return _only("vocab", table.shape[0]), _over("embed", table.shape[1])
 
 
-def _positions_axes(tokens, but) -> tuple[str, ...]:
+def _positions_axes(tokens, but=()) -> tuple[str, ...]:
     """The mesh axes that hold different positions of [B, T], without `but`."""
     names = [name for axis, size in zip(("batch", "length"), tokens.shape, strict=True) for name in _over(axis, size)]
-    return tuple(name for name in names if name != but)
+    return tuple(name for name in names if name not in but)
 
 
 def _hidden_spec(tokens, dim) -> PartitionSpec:
@@ -163,8 +166,7 @@ def row_stats(hidden: Array, head: Head, rows: Rows, *, chunk: int, temperature:
     later = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
     scored = later(rows.weights != 0).at[:, -1].set(False)
     words, dim = _table_axes(head.weight)
-    over = _positions_axes(rows.tokens, but=dim)
-    split = math.prod(sizes[name] for name in (*over, dim) if name)
+    split = math.prod(sizes[name] for name in _positions_axes(rows.tokens))
     local = rows.tokens.size // split
     static = vocab.Vocab(
         head.weight.shape[0],
@@ -174,7 +176,7 @@ def row_stats(hidden: Array, head: Head, rows: Rows, *, chunk: int, temperature:
         max(1, min(chunk // split, local)),
         dim,
         words,
-        over,
+        _positions_axes(rows.tokens, but=dim),
     )
     stats = TokenStats(*_row_stats(static, hidden, head.weight, later(rows.tokens), scored))
     constant = ("mean_logit", "log_sum_sq_probs", "is_top1")

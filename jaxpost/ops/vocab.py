@@ -27,7 +27,7 @@ class Vocab:
     scale: float
     soft_cap: float | None
     width: int  # positions whose logits are held at once
-    over_dim: str | None  # D
+    over_dim: tuple[str, ...]  # D
     over_words: str | None  # V
     over_positions: tuple[str, ...]  # besides over_dim, whose devices hold different positions too
 

@@ -82,7 +82,9 @@ def _layer(program: Program, sizes, tokens: int, item: int) -> int:
     The multiples of the widths are those that fit what the TPU compiler made of the plans in configs/plans.
     """
     c, tensor = program.policy.config, sizes["tensor"]
-    gathered = 0 if sizes["fsdp"] == 1 else c.embed_dim * c.mlp_dim // tensor * item  # one in use, one on its way
+    gathered = (
+        0 if sizes["fsdp"] * sizes["context"] == 1 else c.embed_dim * c.mlp_dim // tensor * item
+    )  # one in use, one on its way
     heads, mlp = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor, _mlp_width(c) // tensor
     if program.trained is None:
         return 2 * gathered + tokens * item * (heads + 2 * mlp + 3 * c.embed_dim)
@@ -119,6 +121,8 @@ def forward_flops(c: ModelConfig, rows: tuple[int, int]) -> float:
     Attention is counted as of one document a row: a query sees half of the row, or its window.
     """
     B, T = rows
+    if not T:
+        return 0.0
     attention = c.embed_dim * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
     dense, mixed = 3 * c.embed_dim * c.mlp_dim, 0
     if c.experts:
@@ -152,7 +156,7 @@ class Moved:
 def moved(program: Program, mesh) -> Moved:
     """Of a layout without tensor or expert parallelism; those two add activations, which only the compiler tells."""
     sizes, c = dict(mesh.shape), program.policy.config
-    n, item = sizes["fsdp"], np.dtype(program.policy.compute_dtype).itemsize
+    n, item = sizes["fsdp"] * sizes["context"], np.dtype(program.policy.compute_dtype).itemsize
     layers = c.num_layers * _layer_weights(c, sizes) + c.embed_dim * c.vocab_size // sizes["tensor"]
     weights = layers * item * (n - 1) / n
     trained = program.trained is not None

@@ -25,7 +25,9 @@ from jaxpost.train.setup import cache_folder
 
 GIB = 1 << 30
 RATE_OF_HOST = 16e9  # bytes/s that a chip exchanges with its host's memory: PCIe 3 x16; not published of TPUs
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+# What the compiler says of a program that is too large: of its temporaries, or of all it needs.
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM")
+_ALL = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -187,12 +189,8 @@ def _compiled(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
         with jax.set_mesh(mesh):
             executable = program.fn.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _TOO_LARGE.search(str(error))
-        if used is None:
-            raise
-        failure = f"the compiler refuses it: it would use {used[1]}{used[2]} of {used[3]}{used[4]}"
         estimated = _counted(program, chip=chip, dims=dims, network=network, elsewhere=elsewhere, mesh=mesh)
-        return dataclasses.replace(estimated, peak=int(float(used[1]) * _UNITS[used[2]]), failure=failure)
+        return dataclasses.replace(estimated, **_refused(str(error), program, error))
     seconds = time.perf_counter() - began
     memory = executable.memory_analysis()
     rows = dict(zip(("batch", "length"), program.rows, strict=True))
@@ -215,6 +213,15 @@ def _compiled(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
         bound=max(times, key=times.get),
         compile_seconds=seconds,
     )
+
+
+def _refused(said: str, program, error) -> dict[str, Any]:
+    """What is known of a program that the compiler refuses for its size; raises any other error again."""
+    for pattern, beside in ((_TEMPORARIES, sum(map(ledger.held, program.ledger.values()))), (_ALL, 0)):
+        if used := pattern.search(said):
+            peak = int(float(used[1]) * _UNITS[used[2]]) + beside
+            return {"peak": peak, "failure": "the compiler refuses it for its size"}
+    raise error
 
 
 def _counted(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:

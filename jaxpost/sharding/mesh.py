@@ -27,7 +27,8 @@ def make_mesh(
 
     slices: copies of everything that only gradients cross: TPU slices, joined by a data-centre network. data: rows are
     split, weights copied. fsdp: rows and weights are split. expert: rows are split, and the experts of a mixture; its
-    other weights are copied. context: the tokens of a row are split. tensor: heads, MLP and vocabulary are split.
+    other weights are copied. context: the tokens of a row are split, and weights as along fsdp. tensor: heads, MLP and
+    vocabulary are split.
 
     Raises:
       ConfigError: a size is neither positive nor -1, two are -1, their product is not the number of devices, or the

@@ -16,7 +16,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hidden": (),
     # weights
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

@@ -20,7 +20,7 @@ from jaxpost.sharding import batch_sharding
 from jaxpost.types import Batch, Document, Origin
 
 _CURRENT: contextvars.ContextVar["Plan | None"] = contextvars.ContextVar("planned", default=None)
-RANKED = 4  # completions of a ranking, where batch.completions does not say
+RANKED = 2  # completions of a ranking, where batch.completions does not say: pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,10 @@ class Words:
 
     stop_ids: tuple[int, ...]
     fingerprint: str = "planned"
+
+    def decode(self, ids: list[int]) -> str:
+        """Of nothing that is drawn: a plan draws nothing."""
+        return ""
 
 
 def documents(kind: str, most: int | None) -> tuple[list[Document], int]:

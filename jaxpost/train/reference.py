@@ -50,11 +50,13 @@ def attach_reference(config, model: Model, mesh, data: Data, chunk: int) -> tupl
             return with_placeholders(data, NAME), Reference(cached_reference)
         return with_reference(data, config, mesh, opened, chunk), Reference(cached_reference)
     if config.reference.mode == "live":
+        beneath = model.base is not None and opened is model.base  # the base that adapters lie over: no second model
+        name = "base" if beneath else "reference"
 
         def live(frozen, carry, batch):
-            return token_logps_of(opened.policy, frozen["reference"], batch, chunk=chunk)
+            return token_logps_of(opened.policy, frozen[name], batch, chunk=chunk)
 
-        return data, Reference(live, frozen={"reference": opened.load()})
+        return data, Reference(live, frozen=None if beneath else {"reference": opened.load()})
     if model.base is not None and config.reference.path is None:
         opened = model  # adapters follow adapters, over one base
 

@@ -11,15 +11,18 @@ import hashlib
 import json
 
 import jax
+import numpy as np
 from etils import epath
 
 from jaxpost.data.tokenizers import first_difference, load_tokenizer
 from jaxpost.data.values import ValueStore, attach
 from jaxpost.errors import ConfigError, DataError
+from jaxpost.train import planned
 from jaxpost.train.distill import IDS, LOGPS, Teacher, likeliest, live_teacher, stored_teacher
 from jaxpost.train.folder import write_atomically
 from jaxpost.train.inputs import model_files
 from jaxpost.train.per_token import fill
+from jaxpost.train.reference import with_placeholders
 from jaxpost.train.setup import Data, Model, open_model, reference_weights
 
 MANIFEST = "teacher.json"
