@@ -25,6 +25,7 @@ from jaxpost.train import hosts
 GONE = 4  # exit code where another host is dead or has failed
 HUNG = 5  # where a phase took longer than hosts.step_timeout_s, and hosts.on_step_timeout is "end"
 EVERY_S = 1.0  # between two looks
+HELD_UP_S = 4.0  # since the last look
 LINGER_S = 3 * EVERY_S  # that the first host, whose end aborts the others, waits for them to end by themselves
 _handlers: list = []  # kept: C calls them
 
@@ -64,6 +65,7 @@ class Watchdog:
         self._several = hosts.count() > 1
         self._done = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # newest sign of life of each host, and when it came
+        self._looked = 0.0  # when it looked at the others last
         self._said: Phase | None = None  # the phase that was said to hang
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -86,8 +88,8 @@ class Watchdog:
             self._thread.join()
 
     def _run(self):
-        began = time.monotonic()
-        self._seen = {host: ("", began) for host in range(hosts.count()) if host != hosts.index()}
+        self._looked = time.monotonic()
+        self._seen = {host: ("", self._looked) for host in range(hosts.count()) if host != hosts.index()}
         while not self._done.wait(EVERY_S):
             self._look_at_phase()
             if self._several:
@@ -135,9 +137,11 @@ class Watchdog:
             if host != hosts.index():
                 told = json.loads(told)
                 self._end(2 if told["code"] == 2 else GONE, f"host {host} ended: {told['line']}")
+        held_up = now - self._looked > HELD_UP_S  # this process itself: nothing can be said of the others
+        self._looked = now
         for host, (said, when) in self._seen.items():
             told = phases.get(host, "")
-            if told != said:
+            if told != said or held_up:
                 self._seen[host] = told, now
             elif now - when > self.settings.silence_s:
                 self._lost(host, now - when)
