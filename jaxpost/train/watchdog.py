@@ -64,6 +64,7 @@ class Watchdog:
         self.settings = settings
         self._several = hosts.count() > 1
         self._done = threading.Event()
+        self._ending = threading.Lock()
         self._seen: dict[int, tuple[str, float]] = {}  # newest sign of life of each host, and when it came
         self._looked = 0.0  # when it looked at the others last
         self._said: Phase | None = None  # the phase that was said to hang
@@ -163,6 +164,7 @@ class Watchdog:
 
     def _end(self, code: int, line: str):
         """Ends this process, told to the others; the first waits until these have ended too, or jax aborts them."""
+        self._ending.acquire()  # never released: who comes second, from the other thread, has nothing to add
         print(f"error: {line}", file=sys.stderr, flush=True)
         if self._several:
             self._tell("failed", {"code": code, "line": line})
@@ -177,7 +179,7 @@ class Watchdog:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # A collective that fails since another host died is not the cause: that one is named when it is silent.
             print("waiting for what the other hosts say", file=sys.stderr, flush=True)
-            time.sleep(self.settings.silence_s + 3 * EVERY_S)
+            time.sleep(self.settings.silence_s + HELD_UP_S)
         code = 2 if isinstance(error, UserError) else 1
         line = str(error) if code == 2 else f"{type(error).__name__}: {error}"
         self._done.set()
