@@ -193,6 +193,17 @@ CONTRADICTIONS = [
         "data.tokenize: 'lazy' contradicts teacher.outputs",
     ),
     ({"reference__every": 4}, "reference.every: only a reference that moves has one; reference.mode='cached'"),
+    ({"hosts__count": 2}, "hosts.count: 2, but hosts.coordinator is None"),
+    (
+        {"hosts__coordinator": "10.0.0.1", "hosts__count": 2, "hosts__index": 0},
+        "hosts.coordinator: '10.0.0.1' is neither",
+    ),
+    ({"hosts__coordinator": "10.0.0.1:80", "hosts__count": 2}, "hosts.index: missing; hosts.coordinator=host:port"),
+    (
+        {"hosts__coordinator": "10.0.0.1:80", "hosts__count": 2, "hosts__index": 2},
+        "hosts.index: 2 is out of range; hosts.count=2",
+    ),
+    ({"hosts__coordinator": "auto", "sampling__engine": "http"}, "sampling.engine: 'http', but of several hosts"),
 ]
 
 

@@ -25,6 +25,7 @@ from jaxpost.train import hosts
 GONE = 4  # exit code where another host is dead or has failed
 HUNG = 5  # where a phase took longer than hosts.step_timeout_s, and hosts.on_step_timeout is "end"
 EVERY_S = 1.0  # between two looks
+HELD_UP_S = 4.0  # since the last look
 LINGER_S = 3 * EVERY_S  # that the first host, whose end aborts the others, waits for them to end by themselves
 _handlers: list = []  # kept: C calls them
 
@@ -63,7 +64,9 @@ class Watchdog:
         self.settings = settings
         self._several = hosts.count() > 1
         self._done = threading.Event()
+        self._ending = threading.Lock()
         self._seen: dict[int, tuple[str, float]] = {}  # newest sign of life of each host, and when it came
+        self._looked = 0.0  # when it looked at the others last
         self._said: Phase | None = None  # the phase that was said to hang
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -86,8 +89,8 @@ class Watchdog:
             self._thread.join()
 
     def _run(self):
-        began = time.monotonic()
-        self._seen = {host: ("", began) for host in range(hosts.count()) if host != hosts.index()}
+        self._looked = time.monotonic()
+        self._seen = {host: ("", self._looked) for host in range(hosts.count()) if host != hosts.index()}
         while not self._done.wait(EVERY_S):
             self._look_at_phase()
             if self._several:
@@ -135,9 +138,11 @@ class Watchdog:
             if host != hosts.index():
                 told = json.loads(told)
                 self._end(2 if told["code"] == 2 else GONE, f"host {host} ended: {told['line']}")
+        held_up = now - self._looked > HELD_UP_S  # this process itself: nothing can be said of the others
+        self._looked = now
         for host, (said, when) in self._seen.items():
             told = phases.get(host, "")
-            if told != said:
+            if told != said or held_up:
                 self._seen[host] = told, now
             elif now - when > self.settings.silence_s:
                 self._lost(host, now - when)
@@ -159,6 +164,7 @@ class Watchdog:
 
     def _end(self, code: int, line: str):
         """Ends this process, told to the others; the first waits until these have ended too, or jax aborts them."""
+        self._ending.acquire()  # never released: who comes second, from the other thread, has nothing to add
         print(f"error: {line}", file=sys.stderr, flush=True)
         if self._several:
             self._tell("failed", {"code": code, "line": line})
@@ -173,7 +179,7 @@ class Watchdog:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # A collective that fails since another host died is not the cause: that one is named when it is silent.
             print("waiting for what the other hosts say", file=sys.stderr, flush=True)
-            time.sleep(self.settings.silence_s + 3 * EVERY_S)
+            time.sleep(self.settings.silence_s + HELD_UP_S)
         code = 2 if isinstance(error, UserError) else 1
         line = str(error) if code == 2 else f"{type(error).__name__}: {error}"
         self._done.set()
