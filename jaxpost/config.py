@@ -9,6 +9,7 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -24,6 +25,7 @@ from jaxpost.keys import (
     STAGES_WITH_REFERENCE,
     STAGES_WITH_SCORES,
     Config,
+    HostsConfig,
     KlConfig,
     LoraConfig,
     LossConfig,
@@ -167,6 +169,9 @@ def _contradictions(c: Config):
     if c.data.max_tokens is not None and c.data.max_tokens > batch.tokens_per_row:
         yield "data.max_tokens", f"{c.data.max_tokens} is more than batch.tokens_per_row={batch.tokens_per_row}"
     yield from _quality_contradictions(c.data.quality)
+    yield from _hosts_contradictions(c.hosts)
+    if c.hosts.coordinator is not None and c.sampling.engine == "http":
+        yield "sampling.engine", "'http', but of several hosts each would ask the server; leave hosts.coordinator None"
     sizes = dataclasses.asdict(mesh)
     for axis, size in sizes.items():
         if size == 0:
@@ -175,10 +180,14 @@ def _contradictions(c: Config):
         rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
         yield rest[1], f"-1 (the rest) may stand for one axis only, and {rest[0]} has it"
     # -1 counts as 1 here: the mesh checks the rest
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
+    over = ("slices", "data", "fsdp", "expert")
+    shards = math.prod(max(getattr(mesh, axis), 1) for axis in over)
     if batch.rows_per_step // batch.accumulate % shards:
         rows = f"{batch.rows_per_step // batch.accumulate} rows of a microbatch"
-        yield "batch.rows_per_step", f"mesh.data x mesh.fsdp x mesh.expert = {shards} devices do not divide the {rows}"
+        axes = " x ".join(f"mesh.{axis}" for axis in over)
+        yield "batch.rows_per_step", f"{axes} = {shards} devices do not divide the {rows}"
+    if batch.tokens_per_row % max(mesh.context, 1):
+        yield "batch.tokens_per_row", f"{batch.tokens_per_row} tokens do not divide by mesh.context={mesh.context}"
     if run.eval_every and c.data.eval is None and not c.data.eval_examples:
         yield "run.eval_every", f"{run.eval_every}, but data.eval is None and data.eval_examples is 0"
     for name, value in (("export", False), ("eval_prompts", 0)):
@@ -195,6 +204,25 @@ def _contradictions(c: Config):
     yield from _reference_contradictions(c.reference)
     yield from _teacher_contradictions(c)
     yield from _rollout_contradictions(c)
+
+
+def _hosts_contradictions(hosts: HostsConfig):
+    given = {name: getattr(hosts, name) for name in ("count", "index") if getattr(hosts, name) is not None}
+    if hosts.coordinator is None:
+        for name, value in given.items():
+            yield (
+                f"hosts.{name}",
+                f"{value}, but hosts.coordinator is None: a run of one process; set it",
+            )
+    elif hosts.coordinator != "auto":
+        _, colon, port = hosts.coordinator.rpartition(":")
+        if not colon or not port.isdecimal():
+            yield "hosts.coordinator", f"{hosts.coordinator!r} is neither host:port nor auto"
+        for name in ("count", "index"):
+            if name not in given:
+                yield f"hosts.{name}", "missing; hosts.coordinator=host:port needs it"
+    if len(given) == 2 and hosts.index >= hosts.count:
+        yield "hosts.index", f"{hosts.index} is out of range; hosts.count={hosts.count}, and the first is 0"
 
 
 def _reference_contradictions(reference: ReferenceConfig):

@@ -23,3 +23,7 @@ class ScoreError(UserError):
 
 class EngineError(UserError):
     """A server that samples: gone, hanging, refusing, or not returning what is asked of it."""
+
+
+class HostError(UserError):
+    """Hosts of one run: missing, or not the same."""

@@ -28,6 +28,7 @@ class ModelConfig:
     path: str = key("folder in Hugging Face layout, hub name (extra `hf`), embedded:base or embedded:sft; may be gs://")
     adapter: str | None = key("dotted path to a function of model.path that returns a models.adapter.Adapter", None)
     balance_loss: float | None = key("weight of the experts' load-balancing loss; None = config.json's", None, low=0)
+    kernels: Literal["auto", "xla", "pallas"] = key("of attention and experts; auto = pallas on TPU, else xla", "auto")
     score_heads: int | None = key("reward: scalar heads on one trunk; None = 1, or those of model.path", None, low=1)
 
 
@@ -295,10 +296,32 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slices: int = key("TPU slices, each with a copy of all; only gradients cross between them", 1, low=-1)
     data: int = key("devices along `data` (weights copied); -1 = the rest", 1, low=-1)
     fsdp: int = key("devices along `fsdp` (weights and optimizer state split); -1 = the rest", -1, low=-1)
-    tensor: int = key("devices along `tensor` (heads and mlp split); -1 = the rest", 1, low=-1)
     expert: int = key("devices along `expert` (rows and a mixture's experts split); -1 = the rest", 1, low=-1)
+    context: int = key("devices along `context` (tokens of a row split); -1 = the rest", 1, low=-1)
+    tensor: int = key("devices along `tensor` (heads, mlp and vocabulary split); -1 = the rest", 1, low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """A run of several processes, one a host (docs/hosts.md)."""
+
+    coordinator: str | None = key(
+        "host:port of process 0; auto = as jax finds it (TPU slice, SLURM, GKE, MPI); None = a run of one process", None
+    )
+    count: int | None = key("processes; None = as jax finds it", None, low=1)
+    index: int | None = key("which of them this one is, from 0; None = as jax finds it", None, low=0)
+    timeout_s: float = key("seconds within which all must have joined", 300.0, above=0)
+    silence_s: float = key("seconds without a sign of life after which a host counts as dead", 100.0, low=5)
+    step_timeout_s: float | None = key(
+        "seconds in one phase of a step, the compilation of its first included, after which the watchdog speaks; "
+        "None = off",
+        None,
+        above=0,
+    )
+    on_step_timeout: Literal["warn", "end"] = key("then only say where it hangs, or end the process as well", "warn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +349,8 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    params: Literal["float32", "bfloat16"] = key("master weights and optimizer moments", "float32")
+    params: Literal["float32", "bfloat16"] = key("master weights", "float32")
+    moments: Literal["float32", "bfloat16"] = key("of the optimizer; bfloat16 ones are rounded at random", "float32")
     compute: Literal["auto", "float32", "bfloat16"] = key("auto = bfloat16 on accelerators, float32 on CPU", "auto")
     reference: Literal["auto", "float32", "bfloat16"] = key("weights of reference, teacher; auto = as computed", "auto")
 
@@ -334,6 +358,16 @@ class PrecisionConfig:
 @dataclasses.dataclass(frozen=True)
 class RematConfig:
     policy: Literal["none", "full", "dots", "dots_no_batch"] = key("what the backward pass keeps of a layer", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Of `jaxpost plan`: what only you know of the hardware."""
+
+    price_per_chip_hour: float | None = key("of a chip, in any currency; None = no costs", None, above=0)
+    network_gbytes_per_s: float | None = key(
+        "GB/s of a chip to other slices or hosts; None = as published, if it is", None, above=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,9 +392,11 @@ class Config:
     optimizer: OptimizerConfig
     batch: BatchConfig
     mesh: MeshConfig
+    hosts: HostsConfig
     run: RunConfig
     precision: PrecisionConfig
     remat: RematConfig
+    plan: PlanConfig
     halt_when: tuple[str, ...] = key("rules over what is logged that end a run, as 'kl > 20' (train/watch.py)", ())
     warn_when: tuple[str, ...] = key("such rules that warn", ())
 

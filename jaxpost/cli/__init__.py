@@ -14,6 +14,7 @@ from jaxpost.errors import CheckpointError, ConfigError, UserError
 VERBS = {
     "train": "runs the stage that a config describes",
     "check": "shows what a config's data becomes, without training",
+    "plan": "tells what a config needs on hardware that is not here: memory, time, wires",
     "data": "names file, line and transform of every document in a step's rows",
     "teach": "keeps what a teacher says of a config's data, to distill from",
     "chat": "talks to a checkpoint",

@@ -90,8 +90,7 @@ class Loader:
         self._first_rows = [list(rows) for rows in plan or ()]  # [epoch][window]: rows before it; one more than planned
         self._first_steps = [0]  # [epoch]: steps before it, for the epochs that are fully planned and the next one
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
-        # window_rows(epoch, window): its rows in order, each a list of indices into `documents`
-        self.window_rows = functools.lru_cache(maxsize=8)(self._make_window_rows)
+        self._made = functools.lru_cache(maxsize=8)(self._make_window)
         self._taken = functools.lru_cache(maxsize=4)(self._count_taken)
 
     def rows_in_epoch(self, epoch: int) -> int:
@@ -134,6 +133,10 @@ class Loader:
             done |= dict(zip(mixture.names, passes.tolist(), strict=True))
         return done
 
+    def window_rows(self, epoch: int, window: int) -> list[list[int]]:
+        """The window's rows in order, each a list of indices into `documents`."""
+        return self._made(epoch, window)[0]
+
     def place(self, step: int) -> Place:
         """Where the step's first row lies. Raises EndOfData beyond the last epoch."""
         epoch, first_row = self._locate(step)
@@ -141,10 +144,11 @@ class Loader:
 
     def rows_documents(self, step: int) -> list[list[int]]:
         """Indices into `documents`, for each of the step's rows in order. Raises EndOfData beyond the last epoch."""
-        epoch, first_row = self._locate(step)
-        _, window, row = self._place_of_row(epoch, first_row)
-        ahead = (self.window_rows(epoch, w) for w in range(window, self._windows))
-        return list(itertools.islice(itertools.chain.from_iterable(ahead), row, row + self.rows_per_step))
+        return self._of_step(step, 0)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the step's rows, on all hosts together. Raises EndOfData beyond the last epoch."""
+        return sum(self._of_step(step, 1))
 
     def batch(self, step: int, host_rows: slice = slice(None)) -> Batch:
         """The step's batch (numpy), or these of its rows: what this host's devices hold.
@@ -168,6 +172,13 @@ class Loader:
             documents_per_row=self.documents_per_row,
             branches=self.branches,
         )
+
+    def _of_step(self, step: int, part: int) -> list:
+        """Of each of the step's rows in order, what `_make_window` returns as this part."""
+        epoch, first_row = self._locate(step)
+        _, window, row = self._place_of_row(epoch, first_row)
+        ahead = (self._made(epoch, w)[part] for w in range(window, self._windows))
+        return list(itertools.islice(itertools.chain.from_iterable(ahead), row, row + self.rows_per_step))
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, row of that epoch) at which a step begins; all windows that the step needs are planned."""
@@ -228,8 +239,8 @@ class Loader:
     def _window_entries(self, epoch: int, window: int) -> np.ndarray:
         return self._order(epoch)[window * self._window : (window + 1) * self._window]
 
-    def _make_window_rows(self, epoch: int, window: int) -> list[list[int]]:
-        """The window's rows in order, each a list of indices into `documents`."""
+    def _make_window(self, epoch: int, window: int) -> tuple[list[list[int]], list[int]]:
+        """Of the window's rows in order: (indices into `documents`, tokens)."""
         members, costs = self._grouped.members(self._window_entries(epoch, window))
         if window + 1 < self._windows and hasattr(self.documents, "prepare"):
             self.documents.prepare(self._window_entries(epoch, window + 1))
@@ -242,7 +253,7 @@ class Loader:
         rows = pack(costs, self.tokens_per_row, self.documents_per_row)
         if self._shuffle:
             rows = [rows[i] for i in random_order(len(rows), self._seed, epoch, 1 + window)]
-        return [members[row].tolist() for row in rows]
+        return [members[row].tolist() for row in rows], [int(costs[row].sum()) for row in rows]
 
     def _count_taken(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """(entries of each source in the windows before this one, in this one), int64[sources]."""

@@ -4,6 +4,8 @@
 model, and the data of each stage. Everything under `files/` is written by `python -m jaxpost.embedded.make` from one
 seed.
 Held-out facts are stated in the pretraining text; no dialogue or pair that is trained on asks them.
+
+Beside it, `shapes/` holds the config.json of published models, without weights: what plans are made of (`shape:NAME`).
 """
 
 import json
@@ -55,8 +57,14 @@ def path(name: str) -> pathlib.Path:
 
 
 def resolve(location: str) -> str:
-    """`embedded:NAME` as a path; any other location unchanged. Raises ConfigError."""
+    """`embedded:NAME` and `shape:NAME` as paths; any other location unchanged. Raises ConfigError."""
     prefix, _, name = str(location).partition(":")
+    if prefix == "shape":
+        shapes = pathlib.Path(__file__).parent / "shapes"
+        known = sorted(folder.name for folder in shapes.iterdir())
+        if name not in known:
+            raise ConfigError(f"{location}: no such shape; known are {', '.join(known)}")
+        return str(shapes / name)
     return str(path(name)) if prefix == "embedded" else location
 
 

@@ -11,7 +11,8 @@ from jaxpost.models.config import ModelConfig
 from jaxpost.sharding.rules import constrain
 from jaxpost.types import Array, record
 
-AXES = ("batch", "kv_heads", "length", "head_dim")
+SLOTS = 16  # or a multiple of this: of other numbers the TPU compiler copies the whole cache for ops.decode
+AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 
 @record
@@ -44,6 +45,7 @@ def new_cache(
 
     def one(kind, n):
         slots = length if kind.window is None else min(length, kind.window + chunk - 1)
+        slots = slots if slots < SLOTS else -(-slots // SLOTS) * SLOTS
         shape, stack = (batch, config.num_kv_heads, slots, config.head_dim), () if n is None else (n,)
         axes = AXES if n is None else ("layers", *AXES)
         zeros = lambda shape, axes, dtype: constrain(jnp.zeros((*stack, *shape), dtype), axes)  # noqa: E731
@@ -60,25 +62,29 @@ def key_positions(lengths: Array, slots: int) -> Array:
     return last - (last - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
 
 
-def extend(kv: KV, layer: Array | None, k: Array, v: Array, positions: Array, dtype: str):
-    """Writes the T tokens' k and v [B, T, K, h] at their positions [B, T], those below 0 nowhere.
+def extend(kv: KV, layer: Array | None, k: Array, v: Array, positions: Array) -> KV:
+    """The KV with the T tokens' k and v [B, T, K, h] at their positions [B, T], those below 0 nowhere.
 
-    layer: of a stacked KV. Returns (k, v [B, K, S, h] in `dtype` to attend to, the KV with them).
+    layer: of a stacked KV.
     """
     batch, heads, slots = jnp.arange(len(positions))[:, None, None], jnp.arange(k.shape[2]), kv.k.shape[-2]
     at = jnp.where(positions < 0, slots, positions % slots)[:, :, None]  # out of bounds: dropped
     # Head by head: for updates that span them the TPU compiler would turn the whole cache around and back.
     index = (batch, heads, at) if layer is None else (layer, batch, heads, at)
     write = lambda old, new: old.at[index].set(new, mode="drop")  # noqa: E731
+    if kv.scales is None:
+        return KV(write(kv.k, k), write(kv.v, v), None)
+    (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
+    return KV(write(kv.k, k), write(kv.v, v), (write(kv.scales[0], k_scale), write(kv.scales[1], v_scale)))
+
+
+def plain(kv: KV, layer: Array | None, dtype: str) -> tuple[Array, Array]:
+    """k, v [B, K, S, h] in `dtype`, of one layer of a stacked KV."""
     own = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
     if kv.scales is None:
-        kv = KV(write(kv.k, k), write(kv.v, v), None)
-        return own(kv.k), own(kv.v), kv
-    (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
-    scales = write(kv.scales[0], k_scale), write(kv.scales[1], v_scale)
-    kv = KV(write(kv.k, k), write(kv.v, v), scales)
-    plain = [(own(x).astype(jnp.float32) * own(s)[..., None]).astype(dtype) for x, s in zip((kv.k, kv.v), scales)]  # noqa: B905
-    return *plain, kv
+        return own(kv.k), own(kv.v)
+    scaled = lambda x, s: (own(x).astype(jnp.float32) * own(s)[..., None]).astype(dtype)  # noqa: E731
+    return scaled(kv.k, kv.scales[0]), scaled(kv.v, kv.scales[1])
 
 
 def _to_int8(x):

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost.models.cache import Cache, extend, key_positions
+from jaxpost.models.cache import Cache, extend
 from jaxpost.models.config import Layer, ModelConfig, stack_row
 from jaxpost.models.lora import PREFIX, Lora, column_norms, delta
 from jaxpost.models.quantize import weight_of
-from jaxpost.ops.attention import Places, attention, cached_attention
+from jaxpost.models.sharded import attend, attend_cached, gathered, lookup
+from jaxpost.ops.attention import Places
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
 from jaxpost.sharding.rules import constrain, partition_spec
@@ -25,6 +26,7 @@ REMAT = {  # what the backward pass may keep instead of computing it again; None
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+EXPERT_AXES = {name: ("experts", "embed", "mlp") for name in ("gate", "up")} | {"down": ("experts", "mlp", "embed")}
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -46,7 +48,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = math.prod(self.shape[: self.inputs])
-        weight = self._weight().reshape(width, -1)
+        weight = gathered(self._weight(), self.axes).reshape(width, -1)
         flat = x.reshape(-1, width)
         y = flat @ weight
         if self.lora is not None:
@@ -152,18 +154,17 @@ class MoE(nn.Module):
 
     config: ModelConfig
     dtype: str
+    kernels: str
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         D, E, f = self.config.embed_dim, self.config.experts.count, self.config.experts.mlp_dim
         router = Linear((D, E), ("embed", "router"), self.dtype, name="router")
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=0)
-        axes = {"gate": ("experts", "embed", "mlp"), "up": ("experts", "embed", "mlp")}
-        axes["down"] = ("experts", "mlp", "embed")
         sizes = {"experts": E, "embed": D, "mlp": f}
         weights = [
             _Table(nn.with_logical_partitioning(init, names), tuple(sizes[n] for n in names), name=name)()
-            for name, names in axes.items()
+            for name, names in EXPERT_AXES.items()
         ]
         logits = router(x).astype(jnp.float32)
         return self._mixed(x, logits, *(weight.astype(self.dtype) for weight in weights)), logits
@@ -176,23 +177,25 @@ class MoE(nn.Module):
             return self._own(x, logits, *weights)
         sizes, E = dict(mesh.shape), self.config.experts.count
         rows = partition_spec(("batch", "length", "hidden"), x.shape, sizes)
-        wide, narrow = ("experts", None, "mlp"), ("experts", "mlp", None)
-        specs = [partition_spec(a, w.shape, sizes) for a, w in zip((wide, wide, narrow), weights, strict=True)]
+        specs = [partition_spec(a, w.shape, sizes) for a, w in zip(EXPERT_AXES.values(), weights, strict=True)]
 
         def local(x, logits, *weights):
             x, logits = (jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, logits))
+            dims = [axes.index("embed") for axes in EXPERT_AXES.values()]  # their gradients leave as they came
+            weights = [jax.lax.all_gather(w, "fsdp", axis=d, tiled=True) for w, d in zip(weights, dims, strict=True)]
             first = jax.lax.axis_index("expert") * (E // sizes["expert"])
             out = self._own(x, logits, *weights, first_expert=first)
             return jax.lax.psum(jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True), "tensor")
 
-        return jax.shard_map(local, in_specs=(rows, rows, *specs), out_specs=rows)(x, logits, *weights)
+        mapped = jax.shard_map(local, in_specs=(rows, rows, *specs), out_specs=rows, check_vma=False)
+        return mapped(x, logits, *weights)
 
     def _own(self, x, logits, *weights, first_expert=0):
         e, tokens = self.config.experts, math.prod(x.shape[:2])
         routed = route(logits.reshape(tokens, -1), e.top_k, e.normalized)
-        activation = ACTIVATIONS[self.config.activation]
+        how = {"activation": ACTIVATIONS[self.config.activation], "kernel": self.kernels}
         flat = x.reshape(tokens, -1)
-        return expert_mlp(flat, *routed, *weights, activation=activation, first_expert=first_expert).reshape(x.shape)
+        return expert_mlp(flat, *routed, *weights, **how, first_expert=first_expert).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -206,6 +209,7 @@ class Block(nn.Module):
     kind: Layer
     dtype: str
     lora: Lora | None
+    kernels: str
 
     @nn.compact
     def __call__(self, x, tables, mix):
@@ -218,7 +222,7 @@ class Block(nn.Module):
         x = constrain(x + out, ("batch", "length", "hidden"))
         out = norm(name="mlp_norm")(x)
         if self.kind.experts:
-            out, router = MoE(c, self.dtype, name="moe")(out)
+            out, router = MoE(c, self.dtype, self.kernels, name="moe")(out)
         else:
             out = MLP(c, self.dtype, self.lora, name="mlp")(out)
         if c.post_norms:
@@ -238,6 +242,7 @@ class Decoder(nn.Module):
     dtype: str
     remat: str  # a key of REMAT
     lora: Lora | None
+    kernels: str  # xla | pallas | interpret
     unroll: bool  # straight code instead of a loop: 10 % quicker on CPU, slow to compile for deep models
 
     @nn.compact
@@ -253,7 +258,7 @@ class Decoder(nn.Module):
             self._table("score", "scores", c.num_scores)
         elif not c.tied:
             self._table("head", "vocab", c.vocab_size)
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = lookup(table, tokens).astype(self.dtype)
         if c.scaled_embedding:
             x = x * jnp.asarray(math.sqrt(c.embed_dim), self.dtype)
         x = constrain(x, ("batch", "length", "hidden"))
@@ -280,14 +285,14 @@ class Decoder(nn.Module):
         """Attention among the tokens of the rows themselves."""
         c = self.config
         limits = {"scale": c.attention_scale, "window": kind.window, "soft_cap": c.attention_soft_cap}
-        return attention(q, k, v, places, places, **limits), None
+        return attend(q, k, v, places, kernels=self.kernels, **limits), None
 
     def _mix_cached(self, positions, lengths, kind, kv, layer, q, k, v):
         """Attention to what the cache holds and the new tokens, which it then holds too."""
         c = self.config
-        k, v, kv = extend(kv, layer, k, v, positions, self.dtype)
+        kv = extend(kv, layer, k, v, positions)
         limits = {"scale": c.attention_scale, "window": kind.window, "soft_cap": c.attention_soft_cap}
-        return cached_attention(q, k, v, positions, key_positions(lengths, k.shape[2]), **limits), kv
+        return attend_cached(q, kv, layer, positions, lengths, kernels=self.kernels, **limits), kv
 
     def _table(self, name, axis, size):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
@@ -300,7 +305,7 @@ class Decoder(nn.Module):
         MoE layers in order: a list of [n, B, T, E].
         """
         P = len(kinds)
-        blocks = [Block(self.config, kind, self.dtype, self.lora, parent=None) for kind in kinds]
+        blocks = [Block(self.config, kind, self.dtype, self.lora, self.kernels, parent=None) for kind in kinds]
 
         def init(key):
             def stack(i, key):
@@ -332,19 +337,20 @@ class Decoder(nn.Module):
         def period(carry, xs):
             x, kvs = carry
             stacked, index = xs
-            rows = {path: jnp.split(leaf, len(leaf)) for path, leaf in flatten_dict(stacked).items()}
             routers, stored = [], []
             for i in range(P):
-                # A split once, so that its gradient is one concatenation.
-                own = {path: (split, stack_row(kinds, i, path[0])) for path, split in rows.items()}
-                own = unflatten_dict({path: split[row][0] for path, (split, row) in own.items() if row is not None})
-                step = self._remat(functools.partial(apply, i))
-                x, kv, router = step(x, own, kvs and kvs[i], index, first + index * P + i)
+
+                def step(x, stacked, *rest, i=i):
+                    return apply(i, x, _row(stacked, kinds, i), *rest)
+
+                x, kv, router = self._remat(step)(x, stacked, kvs and kvs[i], index, first + index * P + i)
                 stored.append(kv)
                 routers += [] if router is None else [router]
             return (x, kvs and tuple(stored)), jnp.stack(routers) if routers else None
 
-        periods = jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
+        # What the backward pass reads of the scan's own slices, as they are, is not kept once more. So a layer is taken
+        # out of its period inside what is computed again, and a period of one is the layer.
+        periods = params if P == 1 else jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
         indices = jnp.arange(count // P, dtype=jnp.int32)
         (x, kvs), routers = jax.lax.scan(period, (x, kvs and kvs[:P]), (periods, indices), unroll=self.unroll or 1)
         return x, kvs or (), [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
@@ -354,6 +360,14 @@ class Decoder(nn.Module):
             return function
         # The barrier against merging both computations costs time and is only needed in straight code (jax.checkpoint).
         return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll)
+
+
+def _row(stacked, kinds, i):
+    """The parameters of the i-th layer of a period; of a period of one, all."""
+    if len(kinds) == 1:
+        return stacked
+    rows = {path: (leaf, stack_row(kinds, i, path[0])) for path, leaf in flatten_dict(stacked).items()}
+    return unflatten_dict({path: leaf[row] for path, (leaf, row) in rows.items() if row is not None})
 
 
 class _Table(nn.Module):

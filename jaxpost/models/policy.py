@@ -13,8 +13,9 @@ from jaxpost.models.cache import Cache, new_cache
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.decoder import REMAT, Decoder, unstacked
 from jaxpost.models.lora import Lora, joined
+from jaxpost.models.sharded import row_stats
 from jaxpost.ops.attention import Places
-from jaxpost.ops.logprobs import Head, TokenStats, row_logps
+from jaxpost.ops.logprobs import Head, TokenStats
 from jaxpost.types import Array, Batch, Rows
 
 
@@ -29,7 +30,9 @@ class Policy:
     compute_dtype: str = "float32"
     remat: str = "none"  # none | full | dots | dots_no_batch: how much the backward pass computes again
     lora: Lora | None = None  # adapters, whose leaves are then part of the parameters
-    unroll: bool | None = None  # layers as straight code; None = where the default backend is a CPU
+    platform: str | None = None  # cpu | gpu | tpu: where it will run; None = the default backend
+    kernels: str | None = None  # xla | pallas | interpret (pallas without a TPU); None = pallas on a TPU
+    unroll: bool | None = None  # layers as straight code; None = on a CPU
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -37,10 +40,15 @@ class Policy:
 
     @property
     def unrolled(self) -> bool:
-        return jax.default_backend() == "cpu" if self.unroll is None else self.unroll
+        return self._platform == "cpu" if self.unroll is None else self.unroll
+
+    @property
+    def _platform(self) -> str:
+        return self.platform or jax.default_backend()
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.config, self.compute_dtype, self.remat, self.lora, self.unrolled)
+        kernels = self.kernels or ("pallas" if self._platform == "tpu" else "xla")
+        return Decoder(self.config, self.compute_dtype, self.remat, self.lora, kernels, self.unrolled)
 
     def _init(self, key):
         # Parameters do not depend on the number of rows, but the layout of rows does: one that every mesh divides.
@@ -82,7 +90,7 @@ class Policy:
         All that an objective asks of a model. chunk: positions whose logits are held at once (ops.logprobs).
         """
         hidden, router = self.hidden(params, batch.rows, key)
-        return row_logps(hidden, self.head(params), batch.rows, chunk=chunk), router
+        return row_stats(hidden, self.head(params), batch.rows, chunk=chunk), router
 
     def head(self, params: Any) -> Head:
         weight = params["embed" if self.config.tied else "head"]["weight"]

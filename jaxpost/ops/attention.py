@@ -18,7 +18,7 @@ class Places:
     positions: Array
 
 
-def visible(queries: Places, keys: Places, first_query: int = 0, window: int | None = None) -> Array:
+def visible(queries: Places, keys: Places, first_query: Array | int = 0, window: int | None = None) -> Array:
     """bool[B, T, S]: which keys a query sees (the rule of types.Rows; `window` is a distance in positions).
 
     first_query: row index of the first query when the keys' row begins before it (chunks).
@@ -44,6 +44,7 @@ def attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    first_query: Array | int = 0,
 ) -> Array:
     """Grouped-query attention [B, T, H, h]; softmax in f32; keys and values are not repeated per query head.
 
@@ -53,6 +54,7 @@ def attention(
       queries, keys: places of the T queries and the S keys.
       scale: factor on the scores before `soft_cap` (cap * tanh(score / cap), Gemma 2).
       window: a query sees keys less than this many positions back.
+      first_query: row index of the first query, where the queries are a part of the keys' row.
     """
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
@@ -61,13 +63,13 @@ def attention(
     q = q.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     chunk = CHUNK * -(-T // (CHUNK * MOST_CHUNKS))
-    out = []
+    out, whole = [], isinstance(first_query, int) and first_query == 0
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
-        last = min(end, S)  # no query of this chunk sees a later key
+        last = min(end, S) if whole else S  # no query of this chunk sees a later key
         places = jax.tree.map(lambda x: x[:, start:end], queries)  # noqa: B023
         seen = jax.tree.map(lambda x: x[:, :last], keys)  # noqa: B023
-        mask = visible(places, seen, start, window)
+        mask = visible(places, seen, first_query + start, window)
         out.append(_attend(q[:, :, :, start:end], k[..., :last], v[:, :, :last], mask, scale, soft_cap))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost.errors import ConfigError
+from jaxpost.models.cache import AXES as CACHE_AXES
 from jaxpost.models.cache import KV, Cache
 from jaxpost.models.policy import Policy
 from jaxpost.ops.logprobs import logits
 from jaxpost.sampling import draw
 from jaxpost.sampling.engine import Sampling, check_prompts, until_stop
 from jaxpost.sampling.trie import Trie, allowed, follow, make_trie
-from jaxpost.sharding import batch_shards
+from jaxpost.sharding import batch_shards, fetch, named_shardings
 from jaxpost.types import Array, Completion, record
 
 ADMITTED = 8  # completions that one call puts into slots
@@ -118,6 +119,39 @@ class LocalEngine:
         shards = 1 if self.mesh is None else batch_shards(self.mesh)
         return -(-rows // shards) * shards
 
+    def programs(self, params: Any, settings: Sampling, context: int) -> list[tuple[str, Callable, tuple]]:
+        """(name, jitted function, arguments) of what a call of `stream` runs, for abstract `params` in their shards.
+
+        "prefill" reads one piece of prefill_rows prompts, "admit" puts completions into slots, "decode" is a block.
+        """
+        with self.on_mesh():
+            prepared = self._placed(jax.eval_shape(self.policy.prepared, params), like=params)
+            sizes = (context, min(self.prefill_tokens, context), self.quantized)
+            rows, slots = self.rounded(self.prefill_rows), self.rounded(self.slots)
+            cache = self._placed(jax.eval_shape(functools.partial(_emptied, self.policy, rows, *sizes)))
+            running = functools.partial(_new_slots, self.policy, slots, *sizes, settings.repetition_penalty != 1)
+            running = self._placed(jax.eval_shape(running))
+            filters = make_filters(settings, self.policy.config.vocab_size)
+            piece = jax.ShapeDtypeStruct((rows, sizes[1]), jnp.int32)
+            prefill = jax.jit(functools.partial(_prefill, self.policy), donate_argnums=3)
+            decode = jax.jit(functools.partial(_block, self.policy, self.block_steps), donate_argnums=3)
+            ints, words = (jax.ShapeDtypeStruct((ADMITTED,), kind) for kind in (jnp.int32, jnp.uint32))
+            seen = running.seen and jax.ShapeDtypeStruct((ADMITTED, running.seen.shape[1]), bool)
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            return [
+                ("prefill", prefill, (prepared, piece, piece, cache)),
+                ("admit", _admit, (running, cache, key, (words, words), ints, ints, ints, ints, ints, seen)),
+                ("decode", decode, (prepared, filters, jax.ShapeDtypeStruct((), jnp.int32), running)),
+            ]
+
+    def _placed(self, tree, like=None):
+        """Abstract arrays with the layouts they are made in: of `like`, or of caches and slots, rows first."""
+        if like is not None:
+            return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), tree, like)
+        axes = {5: ("layers", *CACHE_AXES), 4: CACHE_AXES, 2: ("batch", None), 1: ("batch",)}
+        place = lambda x: named_shardings(axes[x.ndim], self.mesh, x)  # noqa: E731
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
+
     def on_mesh(self):
         """The context in which the engine's programs run."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -206,7 +240,7 @@ class _Session:
         enough = max(1, self.size // 16) if self.read or self.waiting else self.size
         steps = self.engine.block_steps
         self.slots, drawn = _block(self.policy, steps, self.params, self.filters, enough, self.slots)
-        count, ended, *values = jax.device_get(drawn)
+        count, ended, *values = fetch(drawn)
         for slot, found in self.running.items():
             ends = np.flatnonzero(ended[:count, slot])
             last = ends[0] + 1 if len(ends) else count

@@ -1,6 +1,7 @@
 """Mesh, rules, constraints: the only place that knows how arrays lie on devices."""
 
-from jaxpost.sharding.mesh import make_mesh
+from jaxpost.sharding.hosts import fetch, host_rows, place
+from jaxpost.sharding.mesh import make_mesh, platform
 from jaxpost.sharding.rules import (
     RULES,
     batch_sharding,
@@ -16,8 +17,12 @@ __all__ = [
     "batch_sharding",
     "batch_shards",
     "constrain",
+    "fetch",
+    "host_rows",
     "make_mesh",
     "named_shardings",
+    "place",
+    "platform",
     "shardings_like",
     "with_dtype",
 ]

@@ -1,27 +1,40 @@
 """The device mesh."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxpost.errors import ConfigError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+# As devices are dealt out: slices apart, neighbours along `tensor`.
+AXES = ("slices", "data", "fsdp", "expert", "context", "tensor")
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh (data, fsdp, expert, tensor) over `devices` (default: all of them). One size may be -1: the rest.
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    slices: int = 1,
+    devices: Sequence | None = None,
+) -> Mesh:
+    """A mesh of AXES over `devices` (default: all of them). One size may be -1: the rest.
 
-    data: rows are split, weights copied. fsdp: rows and weights are split. expert: rows are split, and the experts of
-    a mixture; its other weights are copied. tensor: heads, MLP and vocabulary are split.
+    slices: copies of everything that only gradients cross: TPU slices, joined by a data-centre network. data: rows are
+    split, weights copied. fsdp: rows and weights are split. expert: rows are split, and the experts of a mixture; its
+    other weights are copied. context: the tokens of a row are split. tensor: heads, MLP and vocabulary are split.
 
     Raises:
-      ConfigError: a size is neither positive nor -1, two are -1, or their product is not the number of devices.
+      ConfigError: a size is neither positive nor -1, two are -1, their product is not the number of devices, or the
+        devices lie in another number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    sizes = {"slices": slices, "data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{name}: {size} is not a size; give 1 or more, or -1 for the rest of the devices")
@@ -35,4 +48,25 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, d
     for name in free:
         sizes[name] = len(devices) // fixed
     # Auto: with jax.make_mesh's default (Explicit) a plain gather fails.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    make = functools.partial(jax.make_mesh, axis_types=(AxisType.Auto,) * len(AXES))
+    groups = _slices(devices)
+    if len(groups) == 1:
+        return make(tuple(sizes.values()), AXES, devices=devices)
+    if len(groups) != sizes["slices"]:
+        raise ConfigError(f"mesh.slices: {sizes['slices']}, but the devices lie in {len(groups)} slices")
+    parts = [make((1, *list(sizes.values())[1:]), AXES, devices=group) for group in groups]
+    return Mesh(np.concatenate([part.devices for part in parts]), AXES, axis_types=parts[0].axis_types)
+
+
+def _slices(devices: Sequence) -> list[list]:
+    """The devices of each TPU slice."""
+    groups: dict[int, list] = {}
+    for device in devices:
+        own = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        groups.setdefault(own, []).append(device)
+    return [groups[index] for index in sorted(groups)]
+
+
+def platform(mesh: Mesh | None) -> str:
+    """ "cpu", "gpu" or "tpu": where programs over this mesh run, which for a plan is not where they are compiled."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

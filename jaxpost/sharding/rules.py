@@ -10,8 +10,9 @@ from jaxpost.errors import ConfigError
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "batch": ("slices", "data", "fsdp", "expert"),
+    "length": ("context",),
+    "slots": (),
     "hidden": (),
     # weights
     "layers": (),
@@ -27,8 +28,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "norm": (),
 }
-# Copied on every device where their size does not divide: few kv heads over much tensor parallelism, odd vocabularies.
-MAY_REPLICATE = ("kv_heads", "vocab")
+# Copied on every device where their size does not divide: few kv heads over much tensor parallelism, odd vocabularies,
+# a single token that decodes.
+MAY_REPLICATE = ("kv_heads", "vocab", "length")
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
@@ -80,7 +82,7 @@ def with_dtype(abstract: Any, dtype: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the first dimension) over data, fsdp and expert."""
+    """Rows (the first dimension) over slices, data, fsdp and expert."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxpost import embedded
-from jaxpost.sharding import batch_sharding
+from jaxpost.sharding import host_rows, place
 from jaxpost.train.adapters import on_whole
 from jaxpost.train.run import LoadedModel
 from jaxpost.train.setup import one_pass
@@ -83,8 +83,9 @@ class Evaluator:
 
     def batches(self):
         loader = one_pass(self.config, self.data.eval, self.data.branches)
+        rows = host_rows(self.mesh, loader.rows_per_step)
         for step in range(loader.steps_in_epoch(0)):
-            yield jax.device_put(loader.batch(step), batch_sharding(self.mesh))
+            yield place(loader.batch(step, rows), self.mesh, rows, loader.rows_per_step)
 
 
 def prompt_of(document) -> np.ndarray:

@@ -1,10 +1,12 @@
 """What a run drew, a file a step in RUN_DIR/rollouts: to be read by people, and replayed by a run that goes on.
 
 Line 1 says what decides the draws, every further line is one prompt with its completions, as they were finished, and
-the last one holds their scores. A resumed run takes from it what is there and draws the rest.
+the last one holds their scores. A resumed run takes from it what is there and draws the rest. Of several hosts all read
+and the first one writes.
 """
 
 import base64
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxpost.train import hosts
 from jaxpost.types import Completion
 
 log = logging.getLogger("jaxpost")
@@ -36,12 +39,16 @@ class Journal:
         """
         path, head = self.path(step), json.loads(json.dumps(head))
         lines = _whole_lines(path)
+        if len(set(hosts.gathered(_digest(lines)))) > 1:
+            log.warning("%s: not the same on all hosts, and is made again", path)
+            lines = []
         if not lines or lines[0] != head:
             if lines:
                 log.warning("%s: is of other draws than this run's, and is made again", path)
             lines = [head]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if hosts.first():  # all have read it
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         found = {line["place"]: tuple(map(_read, line["completions"])) for line in lines[1:] if "place" in line}
         return found, next((line["scores"] for line in lines[1:] if "scores" in line), None)
 
@@ -56,13 +63,19 @@ class Journal:
 
     def prune(self, first: int) -> None:
         """Deletes the files of steps before `first`."""
-        for path in self.folder.glob("step-*.jsonl"):
+        for path in self.folder.glob("step-*.jsonl") if hosts.first() else ():
             if int(path.stem.partition("-")[2]) < first:
                 path.unlink()
 
     def _append(self, step, line):
+        if not hosts.first():
+            return
         with self.path(step).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _digest(lines: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
 def _whole_lines(path) -> list[dict]:

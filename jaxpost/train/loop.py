@@ -16,8 +16,8 @@ from jaxpost.config import to_dict
 from jaxpost.data import quality
 from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
-from jaxpost.sharding import batch_sharding, shardings_like
-from jaxpost.train import inputs
+from jaxpost.sharding import host_rows, place, shardings_like
+from jaxpost.train import hosts, inputs, planned, watchdog
 from jaxpost.train.adapters import on_whole
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.evaluation import Evaluation, Evaluator
@@ -48,7 +48,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
     run, batch = config.run, config.batch
     loader = train_loader(config, data)
     total = run.steps or loader.total_steps(run.epochs)
-    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.axes)
+    optimizer = make_optimizer(config.optimizer, total, model.abstract, model.axes, config.precision.moments)
     evaluator = evaluator or Evaluator(config, mesh, model, data, objective, frozen)
     frozen, objective = evaluator.frozen, on_whole(model.policy, objective)
     carry = carry or Carry(None, lambda: None, None)
@@ -63,6 +63,8 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
+    if planned.current():
+        planned.finish(train_program(config, mesh, model, data, step_fn, with_shardings(abstract, shardings), frozen))
     checkpoints = Checkpointer(folder / "checkpoints", run.keep_last, run.keep_best)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
@@ -76,7 +78,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
         start = int(state.step)
         inputs.record(folder, inputs.describe(config, model, data))
         write_config(folder, config)
-        if config.data.quality.on:
+        if config.data.quality.on and hosts.first():
             quality.write(data.removed, folder / quality.NAME)
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
@@ -102,6 +104,24 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
             result.export(folder / "export")
             log.info("exported to %s", folder / "export")
     return result
+
+
+def train_program(config, mesh, model, data, step_fn, state, frozen) -> planned.Program:
+    """The train step of a planned run."""
+    batch, accumulate = planned.batch_of(config, mesh, data.train, data.branches), config.batch.accumulate
+    rows, tokens = batch.rows.tokens.shape
+    return planned.Program(
+        "train step",
+        step_fn,
+        (state, frozen, batch),
+        ledger={**planned.of_state(state), **frozen, "batch": batch},
+        calls=1,
+        policy=model.policy,
+        rows=(rows // accumulate, tokens),
+        # another model's forward pass, of one that is read in every step
+        passes=accumulate * (3 + sum(name in frozen for name in ("reference", "teacher"))),
+        trained=state.params,
+    )
 
 
 def first_state(checkpoints: Checkpointer, resume: bool, folder, abstract, fresh):
@@ -166,19 +186,23 @@ class Loop:
         """(state, finished). Stops after the present step, saved, when SIGTERM comes."""
         run, self.tokens, self.clock, pending = self.config.run, extra["num_tokens"], time.perf_counter(), None
         self.extra = extra
+        rows = host_rows(self.mesh, self.loader.rows_per_step)
         with (
             stop_signal() as stopped,
-            self.loader.iterate(start) as batches,
+            self.loader.iterate(start, rows) as batches,
             Progress(total, start) as self.bar,
         ):
             for step in range(start + 1, total + 1):
                 if run.profile and step == run.profile[0]:
                     jax.profiler.start_trace(str(self.folder / "profile"))
+                watchdog.enter("data", step)
                 asked = time.perf_counter()
                 batch = next(batches)
                 self.waited += time.perf_counter() - asked
-                tokens = int((batch.rows.segments > 0).sum())
-                state, found = self.step_fn(state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh)))
+                tokens = self.loader.tokens(step - 1)
+                watchdog.enter("update", step)
+                batch = place(batch, self.mesh, rows, self.loader.rows_per_step)
+                state, found = self.step_fn(state, self.frozen, batch)
                 if run.profile and step == sum(run.profile) - 1:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
@@ -186,7 +210,7 @@ class Loop:
                 if pending:  # written while the device works on the next step
                     self.write(*pending)
                 pending = (step, found, tokens)
-                stopping = stopped.is_set()
+                stopping = stopped()
                 evaluate = step == total or (run.eval_every and step % run.eval_every == 0)
                 save = step == total or stopping or (run.checkpoint_every and step % run.checkpoint_every == 0)
                 if evaluate or save:
@@ -202,6 +226,7 @@ class Loop:
                     self.checkpoints.wait()
                     log.warning("SIGTERM: saved at step %d; go on with run.resume=True run.dir=%s", step, self.folder)
                     return state, step == total
+        watchdog.enter("end")
         self.checkpoints.wait()
         return state, True
 
@@ -234,13 +259,15 @@ class Loop:
         return waited / seconds
 
     def evaluate(self, state, step: int):
+        watchdog.enter("evaluation", step)
         self.evaluation = self.evaluator(state)
         if self.evaluation.metrics:
             self.metrics.write({"step": step, **self.evaluation.rows()})
 
     def save(self, state, step: int):
-        place, plan = self.loader.place(step - 1)._asdict(), self.loader.plan()
-        self.extra = {"num_tokens": self.tokens, "place": place, "plan": plan, **self.evaluator.extra(state.params)}
+        watchdog.enter("checkpoint", step)
+        where = {"place": self.loader.place(step - 1)._asdict(), "plan": self.loader.plan()}
+        self.extra = {"num_tokens": self.tokens, **where, **self.evaluator.extra(state.params)}
         loss = self.evaluation.metrics.get("loss") if self.evaluation else None
         self.checkpoints.save(step, state, self.extra, to_dict(self.config), loss)
 
@@ -254,13 +281,19 @@ def epoch_metrics(done: dict[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def stop_signal():
-    """An event that SIGTERM sets (what preemption sends); the former handler comes back afterwards."""
+    """() -> whether SIGTERM has come (what preemption sends), of several hosts to any; asked once a step.
+
+    The former handler comes back afterwards.
+    """
     event = threading.Event()
+    if hosts.count() > 1:
+        yield hosts.Stop()  # by the handler that jax has set
+        return
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield event
+        yield event.is_set
         return
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
+        yield event.is_set
     finally:
         signal.signal(signal.SIGTERM, before)

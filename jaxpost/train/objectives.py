@@ -12,7 +12,7 @@ from jaxpost.losses.pairs import PairLogps, implicit_rewards, ld_weights, means,
 from jaxpost.ops.completions import at_tokens, completion_sums, token_index
 from jaxpost.ops.experts import balance_loss, expert_load
 from jaxpost.schema import imported
-from jaxpost.sharding import batch_shards
+from jaxpost.sharding import batch_shards, platform
 from jaxpost.types import Batch, Mean, Term
 
 CHOSEN, REJECTED = 0, 1  # branches of a pair, in this order
@@ -94,7 +94,7 @@ def _check_hyperparameter(key: str, loss: str, parameter: inspect.Parameter, giv
 
 def logits_chunk(mesh) -> int:
     """Positions over all rows whose logits are held at once: as many on each shard of the batch as suit the backend."""
-    return CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS) * batch_shards(mesh)
+    return CHUNK_TOKENS.get(platform(mesh), DEFAULT_CHUNK_TOKENS) * batch_shards(mesh)
 
 
 def sft_objective(policy, loss, *, chunk: int):

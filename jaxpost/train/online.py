@@ -19,14 +19,15 @@ from jaxpost import embedded
 from jaxpost.config import to_dict
 from jaxpost.errors import EngineError, ScoreError, UserError
 from jaxpost.sampling.engine import sample
-from jaxpost.sharding import batch_sharding
-from jaxpost.train import inputs
+from jaxpost.sharding import place
+from jaxpost.train import hosts, inputs, planned, watchdog
 from jaxpost.train.checkpoint import Checkpointer, checksum
 from jaxpost.train.evaluation import Evaluation
 from jaxpost.train.folder import write_config
 from jaxpost.train.frontier import write_frontier
 from jaxpost.train.loop import first_evaluation, first_state, state_layout, stop_signal
 from jaxpost.train.metrics import MetricsLog, open_writers
+from jaxpost.train.online_programs import online_programs
 from jaxpost.train.progress import Progress, print_table
 from jaxpost.train.report import GIB, end_tables, state_bytes
 from jaxpost.train.rollouts import Rollouts, mean, said, to_batch
@@ -85,6 +86,9 @@ def fit_online(
 
     carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_everywhere(mesh)), begin())
     abstract, shardings = state_layout(init, trained, mesh, carry)
+    if planned.current():
+        state = with_shardings(abstract, shardings)
+        planned.finish(*online_programs(config, mesh, model, trained, rollouts, learn, shardings, state, frozen))
     checkpoints = Checkpointer(folder / "checkpoints", run.keep_last, run.keep_best)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
@@ -100,6 +104,7 @@ def fit_online(
         metrics = MetricsLog(folder, open_writers(run.log_to, folder, to_dict(config)))
         stack.callback(metrics.close)
         metrics.cut(start or -1)
+        hosts.wait()  # the first has cut it
         for row in metrics.read():
             watch.check(row)  # what they say was said before
         table(config, mesh, model, rollouts.prompts, abstract, start)
@@ -111,15 +116,16 @@ def fit_online(
         state, finished = loop.run(state, start, total, extra)
         after = loop.evaluation or evaluator(state)
         end_tables(before, after)
-        write_frontier(
-            folder,
-            metrics.read(),
-            kl="kl",
-            reward="reward",
-            gold="gold" if rollouts.gold else None,
-            signs=SIGNS,
-            alarms=loop.alarms,
-        )
+        if hosts.first():
+            write_frontier(
+                folder,
+                metrics.read(),
+                kl="kl",
+                reward="reward",
+                gold="gold" if rollouts.gold else None,
+                signs=SIGNS,
+                alarms=loop.alarms,
+            )
         result = Run(
             model=model,
             params=whole(state.params),
@@ -175,21 +181,20 @@ class OnlineLoop:
                     with self.kept_by_errors(state, step - 1):
                         rollout = self.draw(step, state.params)
                 drawn = time.perf_counter() - began
-                if stopped.is_set():  # the journal has what was drawn
+                if stopped():  # the journal has what was drawn
                     self.keep(state, step - 1)
                     return self.stop(state, step - 1)
                 batch, microbatches = to_batch(rollout, self.config.batch, **self.shape())
                 before = {"policy": jax.tree.map(jnp.copy, state.params["policy"])} if stale and step < total else None
-                state, found = self.program(microbatches)(
-                    state, self.frozen, jax.device_put(batch, batch_sharding(self.mesh))
-                )
+                watchdog.enter("update", step)
+                state, found = self.program(microbatches)(state, self.frozen, place(batch, self.mesh))
                 done, rollout = rollout, None
                 if before is not None:  # while the device works on the update
                     rollout = self.draw(step + 1, before)
                 self.evaluation = None
                 alarms = self.write(step, found, done, drawn)
                 halting = any(alarm.action == "halt" for alarm in alarms)
-                stopping = stopped.is_set()
+                stopping = stopped()
                 if step == total or (run.eval_every and step % run.eval_every == 0) or halting:
                     with self.kept_by_errors(state, step):
                         self.evaluate(state, step)
@@ -200,6 +205,7 @@ class OnlineLoop:
                 self.clock = time.perf_counter()
                 if stopping:
                     return self.stop(state, step, step == total)
+        watchdog.enter("end")
         self.checkpoints.wait()
         return state, True
 
@@ -216,6 +222,7 @@ class OnlineLoop:
 
     def draw(self, step: int, params):
         """The rollout of a step by these parameters, known by the sum of their bits."""
+        watchdog.enter("rollout", step)
         self.drawer = int(checksum(params["policy"]))
         return self.rollouts.draw(step, self.whole(params), self.drawer)
 
@@ -229,7 +236,7 @@ class OnlineLoop:
     def write(self, step: int, found, rollout, drawn: float) -> list:
         """The row of one step; returns the alarms of the rules."""
         values = {name: float(m.value) for name, m in jax.device_get(found).items()}
-        seconds = time.perf_counter() - self.clock
+        seconds, drawn = hosts.told(lambda: [time.perf_counter() - self.clock, drawn])  # rules may read them
         self.tokens += rollout.tokens
         bad, limit = values.pop("bad_in_a_row"), self.config.optimizer.max_bad_steps
         share = step * self.config.rollout.prompts_per_step / len(self.rollouts.prompts)
@@ -249,11 +256,13 @@ class OnlineLoop:
         return alarms
 
     def evaluate(self, state, step: int):
+        watchdog.enter("evaluation", step)
         self.evaluation = self.evaluator(state)
         if self.evaluation.metrics:
             self.metrics.write({"step": step, **self.evaluation.rows()})
 
     def save(self, state, step: int):
+        watchdog.enter("checkpoint", step)
         extra = {"num_tokens": self.tokens, "drawer": self.drawer}
         reward = self.evaluation.metrics.get("reward") if self.evaluation else None
         self.checkpoints.save(step, state, extra, to_dict(self.config), None if reward is None else -reward)

@@ -51,7 +51,7 @@ def make_optimizer(settings, total_steps: int, params, axes=None, moment_dtype=j
     total_steps: updates of the whole run.
     params: tree of arrays or ShapeDtypeStructs.
     axes: for muon, the same tree with each leaf's tuple of logical axis names (Policy.axes()).
-    moment_dtype: type in which first moments are kept. All arithmetic and second moments are f32.
+    moment_dtype: type in which moments are kept. All arithmetic is f32.
 
     Frozen leaves get zero updates, have no moments and do not count in the gradient norm.
     Raises ConfigError for a pattern that matches nothing, or a warmup that does not fit.
@@ -150,14 +150,21 @@ def in_float32(transform: optax.GradientTransformation, moment_dtype=jnp.float32
     """Runs `transform` on f32 copies of gradients and parameters, so that its state and arithmetic are f32.
 
     optax takes types from the parameters: with bf16 ones Adam's second moment would be bf16, where
-    0.999 * nu rounds back to nu, whatever `mu_dtype` says. First moments (`mu`) are kept in `moment_dtype`.
+    0.999 * nu rounds back to nu, whatever `mu_dtype` says. Moments (`mu`, `nu`) are kept in `moment_dtype`, where
+    that is bf16 rounded up or down at random, so that on average nothing is lost; the draw is that of the count.
     The updates are f32: add them with `apply_updates`.
     """
 
     def stored(state):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x.astype(moment_dtype) if any(getattr(k, "name", None) == "mu" for k in path) else x, state
-        )
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+        named = [({getattr(k, "name", None) for k in path}, x) for path, x in leaves]
+        count = next((x for names, x in named if "count" in names), jnp.int32(0))
+        kept = []
+        for n, (names, x) in enumerate(named):
+            if names & {"mu", "nu"}:
+                x = rounded(x, moment_dtype, jax.random.fold_in(jax.random.fold_in(jax.random.key(0), n), count))
+            kept.append(x)
+        return jax.tree.unflatten(structure, kept)
 
     def init(params):
         return stored(transform.init(_to_float32(params)))
@@ -168,6 +175,16 @@ def in_float32(transform: optax.GradientTransformation, moment_dtype=jnp.float32
         return updates, stored(state)
 
     return optax.GradientTransformation(init, update)
+
+
+def rounded(x, dtype, key):
+    """x (f32) in `dtype`; in bf16 one of its two neighbours, so likely that the mean is x."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + noise
+    up = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)  # what is no number stays none
 
 
 def apply_updates(params, updates):

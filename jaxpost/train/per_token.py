@@ -6,7 +6,7 @@ import jax
 
 from jaxpost.data.rows import gather_completions
 from jaxpost.data.values import ValueStore
-from jaxpost.sharding import batch_sharding
+from jaxpost.sharding import fetch, place
 from jaxpost.train.progress import track
 from jaxpost.train.setup import one_pass
 
@@ -18,9 +18,9 @@ def fill(stores: Sequence[ValueStore], documents, function: Callable, config, me
     """
     loader = one_pass(config, documents, branches)
     for step in track(range(loader.steps_in_epoch(0)), what):
-        batch, members = loader.batch(step), loader.rows_documents(step)
+        batch, members = loader.batch(step), loader.rows_documents(step)  # whole: values of all rows come back
         with jax.set_mesh(mesh):
-            values = jax.device_get(function(jax.device_put(batch, batch_sharding(mesh))))
+            values = fetch(function(place(batch, mesh)))
         for store, found in zip(stores, values, strict=True):
             for indices, row in zip(members, gather_completions(found, batch.rows), strict=False):
                 for index, completions in zip(indices, row, strict=True):

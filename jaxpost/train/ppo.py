@@ -21,8 +21,8 @@ from jaxpost.losses import kl as kl_losses
 from jaxpost.losses import policy as policy_losses
 from jaxpost.losses import value as value_losses
 from jaxpost.models.policy import Policy
+from jaxpost.models.sharded import row_stats
 from jaxpost.ops.completions import at_tokens, completion_sums
-from jaxpost.ops.logprobs import row_logps
 from jaxpost.ops.masked import continues, moments, whiten
 from jaxpost.rl import controllers, rewards
 from jaxpost.rl.advantages import gae
@@ -79,7 +79,7 @@ class Ppo:
 
     def _stats(self, policy, params, hidden, batch):
         temperature = self.config.sampling.temperature
-        return row_logps(hidden, policy.head(params), batch.rows, temperature=temperature, chunk=self.chunk)
+        return row_stats(hidden, policy.head(params), batch.rows, temperature=temperature, chunk=self.chunk)
 
     # 4. Rewards and advantages.
 

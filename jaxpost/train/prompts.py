@@ -11,7 +11,7 @@ from jaxpost.data.loader import random_order
 from jaxpost.data.questions import question
 from jaxpost.data.sources import Source
 from jaxpost.sampling.engine import Sampling, check_prompts
-from jaxpost.train import setup
+from jaxpost.train import planned, setup
 from jaxpost.train.setup import Model
 
 ANY_LENGTH = 2**31
@@ -70,6 +70,8 @@ def open_prompts(config, model: Model) -> tuple[Prompts, Prompts | None]:
     data.on_long says whether they are dropped, which is counted and told, or lose their beginning. data.quality leaves
     out of data.train what it names. Raises DataError, which names file and line.
     """
+    if planned.current():
+        return None, None
     longest = config.rollout.max_prompt_tokens
     train = Prompts(setup.open_prompts(config, model, "train", longest))
     if config.data.eval is not None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from jaxpost import __version__
 from jaxpost.data.values import ValueStore, attach, key
 from jaxpost.errors import ConfigError
+from jaxpost.train import hosts, planned
 from jaxpost.train.inputs import model_files
 from jaxpost.train.objectives import cached_reference, token_logps_of
 from jaxpost.train.per_token import fill
@@ -44,6 +46,8 @@ def attach_reference(config, model: Model, mesh, data: Data, chunk: int) -> tupl
     """(the data, whose documents carry cached log-probabilities where reference.mode says so; the reference)."""
     opened = open_reference(config, model, mesh)
     if config.reference.mode == "cached":
+        if planned.current():
+            return with_placeholders(data, NAME), Reference(cached_reference)
         return with_reference(data, config, mesh, opened, chunk), Reference(cached_reference)
     if config.reference.mode == "live":
 
@@ -59,6 +63,16 @@ def attach_reference(config, model: Model, mesh, data: Data, chunk: int) -> tupl
         return token_logps_of(opened.policy, params, batch, chunk=chunk)
 
     return data, Reference(moving, carry=following(config, model, opened, data))
+
+
+def with_placeholders(data: Data, *names: str, shape: tuple[int, ...] = (), dtype=np.float32) -> Data:
+    """`data` of a planned run whose tokens carry these values."""
+
+    def carrying(document):
+        values = tuple(np.zeros((len(completion), *shape), dtype) for completion in document.completions)
+        return dataclasses.replace(document, token=document.token | dict.fromkeys(names, values))
+
+    return dataclasses.replace(data, train=[carrying(document) for document in data.train])
 
 
 def following(config, model: Model, reference: Model, data: Data) -> Carry:
@@ -127,7 +141,7 @@ def _store(documents, digest: str, config, compute: Callable[[], ValueStore]) ->
     folder = epath.Path(config.reference.cache_dir) if config.reference.cache_dir else cache_folder() / "values"
     path = folder / f"{NAME}-{digest[:32]}"
     store = ValueStore.open(path, digest)
-    if store is not None:
+    if hosts.all_of(store is not None):  # each may have a cache of its own, and all take part in computing
         log.info("reference log-probabilities of %d documents read from %s", len(documents), path)
         return store
     store = compute()

@@ -10,6 +10,7 @@ from jaxpost.data.rows import build_batch, pack
 from jaxpost.errors import CheckpointError
 from jaxpost.rl import hacking
 from jaxpost.sampling.engine import Engine, Sampling, visible_text
+from jaxpost.train import watchdog
 from jaxpost.train.journal import Journal
 from jaxpost.train.prompts import Asked, Prompts
 from jaxpost.train.scoring import Answer, Scored, Scorer, refuse_failures
@@ -77,6 +78,7 @@ class Rollouts:
             done[place] = group
         completions = tuple(done[place] for place in range(len(asked)))
         if scores is None:
+            watchdog.enter("scoring", step)
             scores = self.score(asked, completions)
             self.journal.finish(step, scores)
         values = np.array(scores["reward"], np.float64)

@@ -18,7 +18,7 @@ from jaxpost.models import hf, lora
 from jaxpost.models.adapter import Adapter
 from jaxpost.sampling.engine import Sampling, sample, visible_text
 from jaxpost.sampling.local import LocalEngine
-from jaxpost.sharding import make_mesh
+from jaxpost.sharding import fetch, make_mesh
 from jaxpost.train.adapters import adapter_folder, as_loaded
 from jaxpost.train.checkpoint import Checkpointer
 from jaxpost.train.folder import is_run, read_config
@@ -96,7 +96,7 @@ class LoadedModel:
     def fingerprint(self) -> str:
         """sha256 of the beginnings of all weights: enough to tell one step of training from the next."""
         cut = lambda leaf: leaf[(*(slice(0, 1) for _ in leaf.shape[:-1]), slice(0, 16))]  # noqa: E731
-        beginnings = jax.device_get(jax.jit(lambda tree: jax.tree.map(cut, tree))(self.params))
+        beginnings = fetch(jax.jit(lambda tree: jax.tree.map(cut, tree))(self.params))
         digest = hashlib.sha256()
         for path, leaf in jax.tree.leaves_with_path(beginnings):
             digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())

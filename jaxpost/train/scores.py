@@ -13,7 +13,7 @@ from jaxpost.data.formats import Example
 from jaxpost.data.loader import Loader
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.ops.completions import completion_ends
-from jaxpost.sharding import batch_sharding, batch_shards
+from jaxpost.sharding import batch_shards, fetch, place
 from jaxpost.types import Array, Batch, Conversation, Document, Origin
 
 ROWS, NARROWEST, DOCUMENTS_PER_ROW = 8, 64, 64  # of the rows in which loose documents are scored
@@ -57,7 +57,7 @@ def completion_scores(policy, params, batch: Batch, key: Array | None = None) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_scores(policy, params, batch: Batch) -> Array:
+def batch_scores(policy, params, batch: Batch) -> Array:
     return completion_scores(policy, params, batch)[0]
 
 
@@ -69,7 +69,7 @@ def loader_scores(policy, params, mesh, loader: Loader) -> np.ndarray:
     with jax.set_mesh(mesh):
         for step in range(loader.steps_in_epoch(0)):
             batch = loader.batch(step)
-            scores = np.asarray(_batch_scores(policy, params, jax.device_put(batch, batch_sharding(mesh))))
+            scores = fetch(batch_scores(policy, params, place(batch, mesh)))
             scores = np.where(batch.completion["mask"][..., None] > 0, scores, np.nan)
             for indices, of_row in zip(loader.rows_documents(step), scores, strict=False):
                 found[indices] = of_row[: len(indices)]

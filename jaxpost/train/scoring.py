@@ -1,19 +1,24 @@
 """What answers are worth: by a reward model, by a function of somebody else's, or by several of them together."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+import jax
 import numpy as np
 from etils import epath
 
+from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError, DataError, ScoreError
+from jaxpost.sharding import named_shardings, with_dtype
 from jaxpost.tasks.functions import Function
+from jaxpost.train import hosts, planned
 from jaxpost.train.prompts import Asked
 from jaxpost.train.run import LoadedModel, load_model
-from jaxpost.train.scores import answer_document, score_documents, token_documents
-from jaxpost.train.setup import Model
+from jaxpost.train.scores import DOCUMENTS_PER_ROW, answer_document, batch_scores, score_documents, token_documents
+from jaxpost.train.setup import Model, with_shardings
 from jaxpost.types import Completion, Document
 
 FUNCTION = re.compile(r"(?!embedded:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # `pkg.mod:fn`
@@ -70,6 +75,8 @@ def open_scorer(
     model: whose answers are scored. timeout_s, workers: of a function. combine: of a reward model's heads.
     Raises ConfigError, CheckpointError.
     """
+    if planned.current():
+        return PlannedScorer(None if is_function(spec) else load_model(spec, mesh=mesh, frozen=True).model)
     if is_function(spec):
         return FunctionScorer(spec, key, timeout_s=timeout_s, workers=workers)
     reward = load_model(spec, mesh=mesh, frozen=True)
@@ -81,6 +88,30 @@ def open_scorer(
 def is_function(spec: str) -> bool:
     """Whether it names a function, and no reward model."""
     return bool(FUNCTION.fullmatch(spec)) and not epath.Path(spec).exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedScorer:
+    """Of a planned run: the reward model that scores, None where a function does."""
+
+    model: Model | None
+    name: str = "planned"
+    fingerprint: str = "planned"
+
+    def program(self, rows: int, tokens: int, mesh) -> planned.Program:
+        """What scores so many rows at a time."""
+        policy = self.model.policy
+        policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, num_scores=1, score_norm=()))
+        params = {name: leaf for name, leaf in self.model.sharded.items() if name != "head"}
+        like = jax.tree.leaves(params)[0].dtype
+        axes, shape = policy.axes()["score"], with_dtype(policy.abstract()["score"], like)
+        params["score"] = with_shardings(shape, named_shardings(axes, mesh, shape))
+        (example, *_), branches = planned.documents("unpaired", None)
+        shape = {"rows_per_step": rows, "tokens_per_row": tokens, "documents_per_row": DOCUMENTS_PER_ROW}
+        batch = planned.as_shapes(build_batch([[example]], **shape, branches=branches), mesh)
+        score = jax.jit(functools.partial(batch_scores, policy))
+        ledger = {"reward": params, "batch": batch}
+        return planned.Program("scoring", score, (params, batch), ledger, 1, policy, (rows, tokens), 1)
 
 
 class RewardModelScorer:
@@ -138,7 +169,8 @@ class FunctionScorer:
     """Scores by a function `(question, answer, record) -> float` in processes of its own.
 
     question: messages as dicts, or raw text; answer: its visible text; record: what the prompt was read from. A call
-    that raises, gives no finite number, takes longer than timeout_s or ends its process is a failure of its answer.
+    that raises, gives no finite number, takes longer than timeout_s or ends its process is a failure of its answer. Of
+    several hosts each calls it for its share of the answers.
     """
 
     def __init__(self, path: str, key: str, *, timeout_s: float, workers: int):
@@ -147,12 +179,23 @@ class FunctionScorer:
 
     def __call__(self, answers: Sequence[Answer]) -> Scored:
         calls = [(answer.asked.question, answer.text, answer.asked.record) for answer in answers]
-        values, faults = self._function(calls)
+        values, faults = _spread(self._function, calls)
         failures = tuple((index, f"{self.name}: {_of(answers[index])}: {why}") for index, why in faults.items())
         return Scored(values, None, failures)
 
     def close(self) -> None:
         self._function.close()
+
+
+def _spread(function: Function, calls: Sequence[tuple]) -> tuple[np.ndarray, dict[int, str]]:
+    """`function(calls)`, of which each host makes every n-th call."""
+    n = hosts.count()
+    values, faults = function(calls[hosts.index() :: n])
+    every, said = np.full(len(calls), np.nan), {}
+    for host, (theirs, why) in enumerate(hosts.gathered([values.tolist(), list(faults.items())])):
+        every[host::n] = theirs
+        said |= {host + n * index: text for index, text in why}
+    return every, dict(sorted(said.items()))
 
 
 class WeightedSum:

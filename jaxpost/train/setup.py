@@ -28,7 +28,8 @@ from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
-from jaxpost.sharding import batch_shards, make_mesh, named_shardings, with_dtype
+from jaxpost.sharding import batch_shards, make_mesh, named_shardings, platform, with_dtype
+from jaxpost.train import planned
 from jaxpost.train.adapters import as_loaded, with_adapters
 from jaxpost.train.folder import model_folder
 
@@ -72,6 +73,8 @@ class Model:
 
     def load(self, keep=None):
         """The weights that train, each shard read by the device that holds it. keep: see `hf.load_params`."""
+        if planned.current():
+            return self.sharded
         if self.loader is not None:
             return self.loader()
         if isinstance(self.policy, Adapter):
@@ -119,21 +122,24 @@ def cache_folder() -> epath.Path:
 
 def open_mesh(config):
     """The mesh of the config over all devices, held against the batch. Raises ConfigError."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    plan = planned.current()
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=plan and plan.devices)
+    if plan:
+        plan.mesh = mesh
     rows, shards = config.batch.rows_per_step // config.batch.accumulate, batch_shards(mesh)
     if rows % shards:
         raise ConfigError(
             f"batch.rows_per_step: a microbatch of {rows} rows cannot be split over the {shards} devices of "
-            "mesh.data x mesh.fsdp x mesh.expert; make it a multiple"
+            "mesh.slices x mesh.data x mesh.fsdp x mesh.expert; make it a multiple"
         )
     return mesh
 
 
-def compute_dtype(name: str) -> str:
+def compute_dtype(name: str, mesh) -> str:
     """The type of products: "auto" is bfloat16 on accelerators and float32 on CPU."""
     if name != "auto":
         return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 
 def open_model(config, mesh, *, path: str | None = None, any_head: bool = False) -> Model:
@@ -150,11 +156,16 @@ def open_model(config, mesh, *, path: str | None = None, any_head: bool = False)
         policy = imported("model.adapter", config.model.adapter)(str(folder))
         _with_experts(config, policy.config)
     else:
-        dtype = compute_dtype(config.precision.compute) if mesh is not None else "float32"
+        dtype = compute_dtype(config.precision.compute, mesh) if mesh is not None else "float32"
         found = _with_experts(config, hf.read_config(folder))
-        policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy)
-    tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
-    template = load_template(config.tokenizer.template, tokenizer)
+        kernels = None if config.model.kernels == "auto" else config.model.kernels
+        place = {"platform": platform(mesh), "kernels": kernels}
+        policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy, **place)
+    if planned.current():
+        tokenizer, template = planned.Words(policy.config.eos_ids), None
+    else:
+        tokenizer = load_tokenizer(embedded.resolve(config.tokenizer.path) if config.tokenizer.path else folder)
+        template = load_template(config.tokenizer.template, tokenizer)
     abstract = shardings = fresh = None
     if mesh is not None:
         abstract = with_dtype(policy.abstract(), config.precision.params)
@@ -248,6 +259,9 @@ def open_data(config, model: Model, kind: str, inspect=None) -> Data:
 
     inspect: called with each Dataset that is read; None refuses what a sample shows to be wrong (data/preflight).
     """
+    if planned.current():
+        documents, branches = planned.documents(kind, config.batch.completions)
+        return Data(documents, None, branches, None, {})
     # The whole where something needs it before the first step: `inspect` looks at all documents.
     ahead = inspect is not None or (config.data.tokenize == "auto" and needs_all_documents(config))
     mode = "ahead" if ahead else config.data.tokenize
@@ -277,7 +291,7 @@ def _most_completions(config, *parts) -> int:
 
 def open_reference_set(config, model: Model):
     """The rankings of reward.normalize_on; None where the key is."""
-    if config.reward.normalize_on is None:
+    if config.reward.normalize_on is None or planned.current():
         return None
     paths = embedded.sources(config.reward.normalize_on, config.stage, "eval")
     return _dataset(config, model, "ranking", paths, None, "ahead").documents
@@ -285,6 +299,10 @@ def open_reference_set(config, model: Model):
 
 def with_mismatched(config, model: Model, data: Data) -> Data:
     """Data of single completions, each document with an answer to another prompt as its second completion (KTO)."""
+    if planned.current():
+        paired, branches = planned.documents("preference", None)
+        paired = [dataclasses.replace(paired[0], completion={"label": (1.0, 0.0)})]
+        return dataclasses.replace(data, train=paired, branches=branches)
     fits = {"max_tokens": _max_tokens(config, model), "row_tokens": config.batch.tokens_per_row}
     limits = fits | {"seed": config.run.seed}
     parts = [part and Mismatched(part, **limits) for part in (data.train, data.eval)]

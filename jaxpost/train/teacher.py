@@ -31,6 +31,10 @@ def attach_teacher(config, model: Model, mesh, data: Data) -> tuple[Data, Teache
     """(the data, whose documents carry what a stored teacher said; the teacher)."""
     settings = config.teacher
     options = {"temperature": settings.temperature, "top_k": settings.top_k}
+    if settings.outputs is not None and planned.current():
+        k = settings.top_k or 1
+        data = with_placeholders(data, IDS, shape=(k,), dtype=np.int32)
+        return with_placeholders(data, LOGPS, shape=(k,)), stored_teacher(model.policy.config.vocab_size, **options)
     if settings.outputs is not None:
         manifest = read_manifest(config, data)
         return with_outputs(config, data, manifest), stored_teacher(manifest["vocab_size"], **options)
@@ -42,6 +46,8 @@ def attach_teacher(config, model: Model, mesh, data: Data) -> tuple[Data, Teache
 def open_teacher(config, model: Model, mesh) -> Model:
     """`teacher.path`, held in the type it computes in. Raises ConfigError where its tokens are not those of `model`."""
     teacher = open_model(config, mesh, path=config.teacher.path)
+    if planned.current():
+        return reference_weights(config, teacher)
     tokenizer = load_tokenizer(teacher.path)
     index = first_difference(model.tokenizer, tokenizer)
     if index is not None:

@@ -75,6 +75,12 @@ def philox(count, key, stream):
     return np.array(numbers[:count], np.uint64)
 
 
+def test_tokens_of_a_step_are_those_of_its_batch():
+    loader = make_loader(epochs=2)
+    for step in range(loader.total_steps(2)):
+        assert loader.tokens(step) == (loader.batch(step).rows.segments > 0).sum()
+
+
 class TestOrder:
     @given(
         costs=st.lists(st.integers(1, 9), min_size=1, max_size=40),

@@ -11,20 +11,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.policy import Policy
-from jaxpost.ops.logprobs import row_logps
+from jaxpost.models.sharded import row_stats
 from jaxpost.sharding import batch_sharding, constrain, make_mesh, named_shardings, shardings_like
 from jaxpost.train.objectives import forward
 from jaxpost.types import Batch
 from tests.models.tiny import experts_config, linear_rows, random_documents, random_params, stack_rows, tiny_config
 
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2), "mixed": (2, 2, 2)}
+ONE = dict.fromkeys(("slices", "data", "fsdp", "expert", "context", "tensor"), 1)
+MESHES = {  # data, fsdp, tensor, expert, context, slices
+    **{"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2), "mixed": (2, 2, 2)},
+    **{"context": (1, 2, 1, 1, 4), "context_tensor": (1, 2, 2, 1, 2), "slices": (1, 2, 1, 1, 2, 2)},
+}
 POLICY = Policy(tiny_config(num_layers=2), unroll=False)
 ROWS = stack_rows(*(linear_rows(random_documents(7, 6, seed=seed), 16) for seed in range(8)))
 
 
 def test_the_rest_of_the_devices():
-    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
-    assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert dict(make_mesh().shape) == {**ONE, "fsdp": 8}
+    assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {**ONE, "data": 2, "fsdp": 2, "tensor": 2}
     assert make_mesh(devices=jax.devices()[:1]).size == 1
 
 
@@ -100,10 +104,10 @@ def test_a_dimension_that_does_not_divide():
 
 def grad_fn(params, rows):
     def loss(params):
-        stats = row_logps(POLICY.hidden(params, rows)[0], POLICY.head(params), rows)
-        return -stats.logps.sum() / rows.weights.sum()
+        stats = row_stats(POLICY.hidden(params, rows)[0], POLICY.head(params), rows, chunk=32, temperature=0.7)
+        return -(stats.logps + 0.1 * stats.entropy).sum() / rows.weights.sum(), stats
 
-    return jax.value_and_grad(loss)(params)
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +118,15 @@ def one_device():
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_equal_one(name, one_device):
-    """Loss and gradients, to 1e-5."""
+    """Loss, what is said of every token, and gradients, to 1e-5; each in the loss's terms is one the head's part."""
     mesh = make_mesh(*MESHES[name])
     shardings = named_shardings(POLICY.axes(), mesh, POLICY.abstract())
-    params, (expected_loss, expected_grads) = one_device
+    params, ((expected_loss, expected_stats), expected_grads) = one_device
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings), jax.device_put(ROWS, batch_sharding(mesh))
-        loss, grads = jax.jit(grad_fn, out_shardings=(None, shardings))(*placed)
+        (loss, stats), grads = jax.jit(grad_fn, out_shardings=(None, shardings))(*placed)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, expected_stats)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
     local = grads["layers"]["mlp"]["gate"]["weight"].addressable_shards[0].data.shape
     assert local == (2, 16 // MESHES[name][1], 24 // MESHES[name][2])
