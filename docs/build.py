@@ -25,6 +25,7 @@ SHOWN = {
     "api.py": None,
     "train/run.py": ("LoadedModel", "Run"),
     "train/scores.py": ("Scores", "joined"),
+    "plan/planner.py": ("plan", "TopologyPlan", "ProgramPlan"),
     "types.py": None,
     **{f"{room}/{path.name}": None for room in ("losses", "rl") for path in sorted((PACKAGE / room).glob("[a-z]*.py"))},
 }

@@ -51,6 +51,11 @@ EMBEDDED = {
         "NEW_TOKENS": 32,
         "EVAL_EXAMPLES": 50,
     },
+    "plan": {  # counted, not compiled: what the tests install has no compiler of TPUs
+        "MODEL": "shape:qwen2.5-0.5b",
+        "TOPOLOGIES": ("h100:1", "h100:8"),
+        "TOKENS_PER_ROW": 1024,
+    },
     "own_loss": {
         "PAIRS": "embedded:preferences_eval",
         "EVAL_EXAMPLES": 40,
@@ -179,6 +184,18 @@ def test_own_loss(tmp_path):
     shares = [float(share) for share in re.findall(r"held out: ([\d.]+)% ranked right", text)]
     assert len(shares) == 2 and min(shares) > 70
     assert "loss.penality: __main__:positive takes beta, penalty" in text
+
+
+@pytest.mark.slow
+def test_plan(tmp_path):
+    """More devices hold less each, less is kept where more is computed again, and one that fits is named."""
+    text, drawn = executed("plan", tmp_path)
+    peaks = {
+        (name, remat): float(peak) for name, remat, peak in re.findall(r"^(h100:\d) +(\w+) +([\d.]+) ", text, re.M)
+    }
+    assert drawn == 1 and len(peaks) == 4
+    assert peaks["h100:8", "full"] < peaks["h100:1", "full"] < peaks["h100:1", "none"]
+    assert "h100:1 with remat.policy=none: 1 devices" in text
 
 
 def test_every_notebook_is_executed():
