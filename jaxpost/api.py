@@ -3,6 +3,7 @@
 import os
 
 from jaxpost import config as configs
+from jaxpost.plan import promise
 from jaxpost.stages import RUN
 from jaxpost.train import hosts
 from jaxpost.train.run import LoadedModel, Run, load_model
@@ -31,8 +32,11 @@ def run(config) -> Run:
     resolved = configs.resolve(configs.load(config) if isinstance(config, str) else config)
     hosts.join(resolved)  # first of all: it must precede whatever asks jax for a device
     use_compilation_cache(resolved.run.compilation_cache)
+    promised = promise.promise(resolved)
     with Watchdog(resolved.hosts):
-        return RUN[resolved.stage](resolved)
+        found = RUN[resolved.stage](resolved)
+    promise.compare(promised, found)
+    return found
 
 
 def load(path, *, template: str | None = None, weights: bool = True) -> LoadedModel:

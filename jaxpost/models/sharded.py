@@ -55,7 +55,7 @@ def _only(axis: str, size: int) -> str | None:
 
 
 def gathered(weight: Array, axes: tuple[str, ...]) -> Array:
-    """A weight as a product needs it, its dimension "embed" whole; its gradient is reduced into the shards it came from.
+    """A weight as a product needs it, whole along "embed"; its gradient is reduced into the shards it came from.
 
     Without the second half a constraint's gradient has the constraint's layout: summed whole on every device.
     """

@@ -112,7 +112,8 @@ def plan(config, topology: str, *, cache: bool = True) -> TopologyPlan:
     path = cache_folder() / "plans" / f"{_digest(config, topology)}.json"
     if cache and path.exists():
         return from_json(path.read_text())
-    found = _planned(config, topology, chip)
+    tpu = chip.platform == "tpu"  # of which there is a compiler here
+    found = planned_on(config, topology, chip, open_devices(config, topology), chips.dimensions(topology), compiled=tpu)
     if cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(found))
@@ -146,14 +147,14 @@ class _Described:
 
 def estimate(config, topology: str) -> TopologyPlan:
     """The plan without a compiler: a second instead of minutes. Of memory it knows the ledger."""
-    config = as_planned(config)
-    return _planned(config, topology, chips.describe(topology)[0], compiled=False)
+    chip, _ = chips.describe(topology)
+    devices = open_devices(config, topology)
+    return planned_on(as_planned(config), topology, chip, devices, chips.dimensions(topology), compiled=False)
 
 
-def _planned(config, topology: str, chip, compiled: bool = True) -> TopologyPlan:
-    found = planned.gone_through(RUN[config.stage], config, open_devices(config, topology))
-    compiled = compiled and chip.platform == "tpu"
-    dims = chips.dimensions(topology)
+def planned_on(config, topology: str, chip, devices, dims: tuple[int, ...], *, compiled: bool) -> TopologyPlan:
+    """The plan over these devices of a chip, that lie in a torus of sides `dims`."""
+    found = planned.gone_through(RUN[config.stage], config, devices)
     resident = _resident(found.programs)
     network = config.plan.network_gbytes_per_s and config.plan.network_gbytes_per_s * 1e9
     programs = []

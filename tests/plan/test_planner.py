@@ -3,13 +3,14 @@
 import json
 import math
 import re
+import types
 
 import pytest
 
 from jaxpost import cli
 from jaxpost import config as configs
 from jaxpost.errors import ConfigError
-from jaxpost.plan import chips, ledger, planner, search
+from jaxpost.plan import chips, ledger, planner, promise, search
 
 D, L, H, K, h, F, V, T, ROWS = 1024, 4, 4, 2, 128, 2048, 4096, 256, 8
 LAYER = D * h * 2 * (H + K) + 3 * D * F
@@ -91,7 +92,7 @@ def test_work_is_that_of_the_shapes(compiled):
 
 
 def test_a_plan_is_made_once_and_reads_back_as_it_was(compiled, shape, monkeypatch):
-    monkeypatch.setattr(planner, "_planned", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(planner, "planned_on", lambda *_, **__: pytest.fail("planned again"))
     again = planner.plan(settings(shape, plan={"price_per_chip_hour": 1.2}), "v5e:2x4")
     assert again == compiled
 
@@ -189,3 +190,31 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'jaxpost\[tpu\]'"):
         chips.open_topology("v5e:2x4")
+
+
+class Device:
+    """A TPU that says what it is and what it held."""
+
+    platform, process_index = "tpu", 0
+
+    def __init__(self, n):
+        self.id, self.device_kind, self.coords = n, "TPU v5 lite", (n % 4, n // 4, 0)
+
+    def memory_stats(self):
+        return {"peak_bytes_in_use": 3 * 2**30}
+
+
+def test_a_run_is_shown_beside_its_plan(shape, monkeypatch, capsys):
+    monkeypatch.setattr(promise.jax, "devices", lambda: [Device(n) for n in range(8)])
+    monkeypatch.setattr(promise.jax, "local_devices", lambda: [Device(0)])
+    found = promise.promise(settings(shape))
+    assert found.peak == planner.estimate(settings(shape), "v5e:2x4").peak
+    run = types.SimpleNamespace(rows=[{"tokens_per_second": 5.0}, {"eval/loss": 1.0}, {"tokens_per_second": 7.0}])
+    promise.compare(found, run)
+    out = capsys.readouterr().out
+    assert "plan: v5e, 8 devices" in out and f"{found.peak / 2**30:.2f} -> 3.00 GiB" in out
+    assert re.search(r"at most [\d,]+ -> 6", out)
+
+
+def test_no_plan_is_shown_of_a_cpu(shape):
+    assert promise.promise(settings(shape)) is None

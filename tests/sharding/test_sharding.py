@@ -1,5 +1,6 @@
 """Mesh, rules and constraints, on 8 simulated devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,13 +10,22 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError
 from jaxpost.models.policy import Policy
 from jaxpost.models.sharded import row_stats
 from jaxpost.sharding import batch_sharding, constrain, make_mesh, named_shardings, shardings_like
 from jaxpost.train.objectives import forward
-from jaxpost.types import Batch
-from tests.models.tiny import experts_config, linear_rows, random_documents, random_params, stack_rows, tiny_config
+from jaxpost.types import Batch, Document, Origin
+from tests.models.tiny import (
+    experts_config,
+    linear_rows,
+    patterned_config,
+    random_documents,
+    random_params,
+    stack_rows,
+    tiny_config,
+)
 
 ONE = dict.fromkeys(("slices", "data", "fsdp", "expert", "context", "tensor"), 1)
 MESHES = {  # data, fsdp, tensor, expert, context, slices
@@ -129,7 +139,7 @@ def test_eight_devices_equal_one(name, one_device):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, expected_stats)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
     local = grads["layers"]["mlp"]["gate"]["weight"].addressable_shards[0].data.shape
-    assert local == (2, 16 // MESHES[name][1], 24 // MESHES[name][2])
+    assert local == (2, 16 // (mesh.shape["fsdp"] * mesh.shape["context"]), 24 // mesh.shape["tensor"])
 
 
 EXPERT_MESHES = {"expert": (1, 1, 1, 8), "expert_data_tensor": (2, 1, 2, 2), "expert_fsdp": (1, 2, 1, 4)}
@@ -211,3 +221,52 @@ def test_factored_moments_are_copied():
     state = jax.eval_shape(optax.adafactor(1e-3).init, params)
     found = shardings_like({"w": NamedSharding(mesh, PartitionSpec("fsdp"))}, state, mesh, params)
     assert all(s.is_fully_replicated for s in jax.tree.leaves(found))
+
+
+CONTEXT = {
+    "plain": ("xla", (1, 2, 1, 1, 4)),
+    "kernel": ("interpret", (1, 2, 1, 1, 4)),
+    "heads": ("xla", (1, 1, 2, 1, 4)),
+}
+
+
+@pytest.fixture(scope="module")
+def branching():
+    """Pairs that share prompts, two a row, on layers with windows; gradients on one device."""
+    policy = Policy(dataclasses.replace(patterned_config(), num_layers=2), unroll=False)
+    rows = build_batch(
+        [[pair(6, 5, 4, seed=2 * n), pair(5, 3, 2, seed=2 * n + 1)] for n in range(8)],
+        **{"rows_per_step": 8, "tokens_per_row": 32, "documents_per_row": 2, "branches": 2},
+    ).rows
+    params = random_params(policy)
+    return policy, rows, params, jax.jit(functools.partial(of_every_token, policy))(params, rows)
+
+
+def pair(prompt, *completions, seed):
+    first, *rest = random_documents(prompt, *completions, seed=seed)
+    weights = tuple(np.ones(len(completion), np.float32) for completion in rest)
+    return Document(first, tuple(rest), weights, 0, Origin("here", 1))
+
+
+def of_every_token(policy, params, rows):
+    def loss(params):
+        stats = row_stats(policy.hidden(params, rows)[0], policy.head(params), rows, chunk=64)
+        return stats.logps.sum(), stats.logps
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_rows_split_along_their_tokens_equal_whole_ones(name, branching):
+    """Log-probabilities and gradients to 1e-5 of the largest, branches, segments and windows respected."""
+    kernels, sizes = CONTEXT[name]
+    policy, rows, params, ((_, logps), gradients) = branching
+    policy, mesh = dataclasses.replace(policy, kernels=kernels), make_mesh(*sizes)
+    shardings = named_shardings(policy.axes(), mesh, policy.abstract())
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings), jax.device_put(rows, batch_sharding(mesh))
+        step = jax.jit(functools.partial(of_every_token, policy), out_shardings=(None, shardings))
+        (_, found), grads = step(*placed)
+    np.testing.assert_allclose(found, logps, atol=1e-5 * np.abs(logps).max())
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
