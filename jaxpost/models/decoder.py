@@ -344,7 +344,7 @@ class Decoder(nn.Module):
                 def step(x, stacked, *rest, i=i):
                     return apply(i, x, _row(stacked, kinds, i), *rest)
 
-                x, kv, router = self._remat(step)(x, stacked, kvs and kvs[i], index, first + index * P + i)
+                x, kv, router = self._remat(step, P)(x, stacked, kvs and kvs[i], index, first + index * P + i)
                 stored.append(kv)
                 routers += [] if router is None else [router]
             return (x, kvs and tuple(stored)), jnp.stack(routers) if routers else None
@@ -356,11 +356,12 @@ class Decoder(nn.Module):
         (x, kvs), routers = jax.lax.scan(period, (x, kvs and kvs[:P]), (periods, indices), unroll=self.unroll or 1)
         return x, kvs or (), [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
 
-    def _remat(self, function):
+    def _remat(self, function, period: int):
         if REMAT[self.remat] is None:
             return function
-        # The barrier against merging both computations costs time and is only needed in straight code (jax.checkpoint).
-        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll)
+        # The barrier against merging both computations costs time. It is needed in straight code (jax.checkpoint), and
+        # where a loop's body holds several layers: without it the compiler computes all of them again at once.
+        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll or period > 1)
 
 
 def _row(stacked, kinds, i):

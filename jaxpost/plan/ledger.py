@@ -86,9 +86,13 @@ def _layer(program: Program, sizes, tokens: int, item: int) -> int:
         0 if sizes["fsdp"] * sizes["context"] == 1 else c.embed_dim * c.mlp_dim // tensor * item
     )  # one in use, one on its way
     heads, mlp = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor, _mlp_width(c) // tensor
+    mixed = 0
+    if c.experts:  # a row for every expert that any token of the expert axis may go to (ops/experts.py)
+        rows = tokens * sizes["expert"] * min(c.experts.top_k, c.experts.count // sizes["expert"])
+        mixed = rows * item * (2 * c.embed_dim + 4 * c.experts.mlp_dim // tensor)
     if program.trained is None:
-        return 2 * gathered + tokens * item * (heads + 2 * mlp + 3 * c.embed_dim)
-    return 2 * gathered + tokens * item * (3 * heads + 5 * mlp + 8 * c.embed_dim)
+        return 2 * gathered + tokens * item * (heads + 2 * mlp + 3 * c.embed_dim) + mixed // 2
+    return 2 * gathered + tokens * item * (3 * heads + 5 * mlp + 8 * c.embed_dim) + mixed
 
 
 def _head(program: Program, sizes, tokens: int, item: int) -> int:

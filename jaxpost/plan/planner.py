@@ -196,6 +196,7 @@ def _compiled(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
     memory = executable.memory_analysis()
     rows = dict(zip(("batch", "length"), program.rows, strict=True))
     costs = hlo.analyse(executable.as_text(), dict(mesh.shape), _trips(program, mesh, **rows))
+    costs = dataclasses.replace(costs, flops=costs.flops - _idle_experts(costs, mesh))
     line = roofline(costs, chip, dict(mesh.shape), dims, network)
     times = _times(line, costs.host_bytes)
     named = {f"{kind} over {' x '.join(axes)}": float(t.bytes) for (kind, axes), t in costs.collectives.items()}
@@ -267,6 +268,12 @@ def _common(program, counted, elsewhere) -> dict[str, Any]:
 
 def _times(line: Roofline, host_bytes: int) -> dict[str, float]:
     return line.limits | ({"host": host_bytes / RATE_OF_HOST} if host_bytes else {})
+
+
+def _idle_experts(costs: hlo.Costs, mesh) -> int:
+    """FLOPs counted of grouped products (megablox) and not done: rows of other devices' experts, the load even."""
+    grouped = sum(kernel.flops for name, kernel in costs.kernels.items() if name in ("gmm", "tgmm"))
+    return grouped - grouped // mesh.shape["expert"]
 
 
 def _trips(program, mesh, *, batch: int, length: int):
