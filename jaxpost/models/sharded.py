@@ -24,6 +24,7 @@ from jaxpost.types import Array, Rows
 
 HIDDEN = ("batch", "length", "hidden")
 TABLE = ("vocab", "embed")
+MOST_QUERIES = 256  # of a key head and row that the kernel of decoding takes: more (prompts) are left to the compiler
 
 
 def _sizes() -> dict[str, int]:
@@ -248,8 +249,9 @@ def attend_cached(q: Array, kv: KV, layer, positions: Array, lengths: Array, *, 
     """
     sizes, (K, S, h) = _sizes(), kv.k.shape[-3:]
     split = [math.prod(sizes[name] for name in _over(axis, n)) for axis, n in (("heads", q.shape[2]), ("kv_heads", K))]
-    # What else the kernel can do the compiler would copy the cache for.
-    if kernels == "xla" or h % 128 or S % 8 or len(set(split)) > 1:
+    # The kernel holds all queries of a key head at once; for other sizes the compiler would copy the cache.
+    fits = q.shape[1] * q.shape[2] // K <= MOST_QUERIES and h % 128 == 0 and S % 8 == 0
+    if kernels == "xla" or not fits or len(set(split)) > 1:
         k, v = plain(kv, layer, q.dtype)
         return cached_attention(q, k, v, positions, key_positions(lengths, S), **limits)
     stack = () if layer is None else ("layers",)
