@@ -30,15 +30,18 @@ STAGES = {
 }
 HEAD = f"""# How much hardware a run needs
 
-Made by `python bench/hardware.py`: the smallest slice on which a stage fits, GiB of a device that it needs there, and tokens a second that
-the chips' published figures allow at most (a real run is slower). Counted from shapes (`jaxpost/plan/ledger.py`), with {MARGIN - 1:.0%} to spare;
-`jaxpost plan --config=... --topology=...` compiles the same and is what to trust before renting.
+Made by `python bench/hardware.py`: the smallest slice on which a stage fits, GiB of a device that it needs there, and
+tokens a second that the chips' published figures allow at most (a real run is slower). Counted from shapes
+(`jaxpost/plan/ledger.py`), with {MARGIN - 1:.0%} to spare; `jaxpost plan --config=... --topology=...` compiles the same
+and is what to trust before renting.
 
-Settings: one row of {TOKENS:,} tokens a device, weights and moments in bfloat16, `remat.policy=full`, weights over `mesh.fsdp`
-(Qwen3-30B-A3B: experts over `mesh.expert={EXPERTS}`). With float32 weights and moments (`precision.*`) parameters, moments and gradients take twice as
-much. DPO reads its reference in every step; with `reference.mode=cached`, the default, it needs what SFT needs. LoRA: rank 16 on
-all products. PPO: 64 prompts of at most 512 tokens, 4 completions each of at most 512; a value model and a reward model of the policy's size and
-a reference, all on the devices; its time hangs on the layout in which it draws (docs/performance.md) and is not given.
+Settings: one row of {TOKENS:,} tokens a device, weights and moments in bfloat16, `remat.policy=full`, weights over
+`mesh.fsdp` (Qwen3-30B-A3B: experts over `mesh.expert={EXPERTS}`). With float32 weights and moments (`precision.*`)
+parameters, moments and gradients take twice as much. DPO reads its reference in every step; with
+`reference.mode=cached`, the default, it needs what SFT needs. LoRA: rank 16 on all products that adapters reach. PPO:
+64 prompts of at most 512 tokens, 4 completions each of at most 512; a value model and a reward model of the policy's
+size and a reference, all on the devices; its time hangs on the layout in which it draws
+([performance.md](performance.md)) and is not given.
 """
 
 

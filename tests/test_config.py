@@ -99,7 +99,7 @@ WRONG = [
     ("optimizer__steps", 5, "optimizer.steps: unknown key; did you mean run.steps?"),
     ("learning_rate", 5, "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
     ("optimzer", {"name": "adamw"}, "optimzer: unknown key; did you mean optimizer?"),
-    ("mesh__x", 1, "mesh.x: unknown key; there are data, fsdp, tensor, expert"),
+    ("mesh__x", 1, "mesh.x: unknown key; there are slices, data, fsdp, expert, context, tensor"),
     # types
     ("run__steps", True, "run.steps: expected an integer, got True"),
     ("run__steps", 10.0, "run.steps: expected an integer, got 10.0"),
@@ -158,10 +158,13 @@ CONTRADICTIONS = [
     ({"batch__accumulate": 3}, "batch.accumulate: 3 does not divide batch.rows_per_step=8"),
     ({"data__max_tokens": 2048}, "data.max_tokens: 2048 is more than batch.tokens_per_row=1024"),
     ({"mesh__data": -1}, "mesh.fsdp: -1 (the rest) may stand for one axis only, and mesh.data has it"),
-    ({"mesh__data": 3}, "batch.rows_per_step: mesh.data x mesh.fsdp x mesh.expert = 3 devices do not divide"),
+    (
+        {"mesh__data": 3},
+        "batch.rows_per_step: mesh.slices x mesh.data x mesh.fsdp x mesh.expert = 3 devices do not divide",
+    ),
     (
         {"mesh__data": 4, "batch__accumulate": 4},
-        "batch.rows_per_step: mesh.data x mesh.fsdp x mesh.expert = 4 devices do not divide",
+        "batch.rows_per_step: mesh.slices x mesh.data x mesh.fsdp x mesh.expert = 4 devices do not divide",
     ),
     ({"run__eval_every": 5, "data__eval_examples": 0}, "run.eval_every: 5, but data.eval is None"),
     ({"stage": "sft", "reference__path": "x"}, "reference.path: the stage sft has no reference"),
