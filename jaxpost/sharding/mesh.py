@@ -1,11 +1,11 @@
 """The device mesh."""
 
-import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxpost.errors import ConfigError
@@ -48,15 +48,21 @@ def make_mesh(
         raise ConfigError(f"{asked}: the product must {'divide' if free else 'be'} the {len(devices)} devices")
     for name in free:
         sizes[name] = len(devices) // fixed
-    # Auto: with jax.make_mesh's default (Explicit) a plain gather fails.
-    make = functools.partial(jax.make_mesh, axis_types=(AxisType.Auto,) * len(AXES))
     groups = _slices(devices)
-    if len(groups) == 1:
-        return make(tuple(sizes.values()), AXES, devices=devices)
-    if len(groups) != sizes["slices"]:
+    if len(groups) not in (1, sizes["slices"]):
         raise ConfigError(f"mesh.slices: {sizes['slices']}, but the devices lie in {len(groups)} slices")
-    parts = [make((1, *list(sizes.values())[1:]), AXES, devices=group) for group in groups]
-    return Mesh(np.concatenate([part.devices for part in parts]), AXES, axis_types=parts[0].axis_types)
+    shape = (sizes["slices"] // len(groups), *list(sizes.values())[1:])
+    laid = np.concatenate([_laid(shape, group) for group in groups])
+    # Auto: with jax.make_mesh's default (Explicit) a plain gather fails.
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid(shape: tuple[int, ...], devices: Sequence) -> np.ndarray:
+    """The devices of a slice in this shape, neighbours in the mesh being neighbours on the wires where that can be."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis of the mesh that is no product of sides of the torus: it shares some
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices: Sequence) -> list[list]:

@@ -14,6 +14,7 @@ from jaxpost.data.rows import build_batch
 from jaxpost.errors import ConfigError
 from jaxpost.models.policy import Policy
 from jaxpost.models.sharded import row_stats
+from jaxpost.plan.chips import open_topology
 from jaxpost.sharding import batch_sharding, constrain, make_mesh, named_shardings, shardings_like
 from jaxpost.train.objectives import forward
 from jaxpost.types import Batch, Document, Origin
@@ -56,6 +57,25 @@ def test_the_rest_of_the_devices():
 def test_meshes_that_cannot_be(sizes, words):
     with pytest.raises(ConfigError, match=words):
         make_mesh(**sizes)
+
+
+def test_any_shape_can_be_laid_on_a_torus():
+    """An axis of 8 on a torus of 4 x 4: jax by itself refuses it."""
+    pytest.importorskip("libtpu")
+    devices = open_topology("v5e:4x4")
+    mesh = make_mesh(fsdp=2, expert=8, devices=devices)
+    assert dict(mesh.shape) == {**ONE, "fsdp": 2, "expert": 8}
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+
+
+def test_slices_are_the_outermost_axis():
+    pytest.importorskip("libtpu")
+    devices = open_topology("v5e:2x2", slices=2)
+    mesh = make_mesh(slices=2, fsdp=4, devices=devices)
+    found = [{device.slice_index for device in part.flat} for part in mesh.devices]
+    assert found == [{0}, {1}]
+    with pytest.raises(ConfigError, match=r"mesh\.slices: 1, but the devices lie in 2 slices"):
+        make_mesh(devices=devices)
 
 
 def test_a_plain_gather_works_on_the_mesh():
