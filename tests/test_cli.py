@@ -71,7 +71,7 @@ def test_help_lists_the_verbs_and_every_key(capsys):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["trane"], "trane: unknown verb; there are train, check, data, teach, chat, generate, export"),
+        (["trane"], "trane: unknown verb; there are train, check, plan, data, teach, chat, generate, export"),
         (["train"], "--config: missing; give a config file, as in --config=configs/dpo.py"),
         (["train", "--config=dppo"], "--config: no file dppo, and no config of that name; there are d"),
         (["train", "--config=dpo", "--steps=3"], "--steps=3: unknown argument; keys are set by --config.KEY=VALUE"),

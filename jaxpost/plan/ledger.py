@@ -42,10 +42,19 @@ def ledger(program: Program, mesh) -> dict[str, int]:
     """{what: bytes a device} while the program runs, in the order of its arguments, then what it makes on the way."""
     found = {name: held(tree) for name, tree in program.ledger.items()}
     if program.trained is not None:
-        found[GRADIENTS] = held(program.trained)
-        found[KEPT] = kept(program.policy, program.rows, mesh)
+        found[GRADIENTS] = gradients(program)
+        found[KEPT] = program.trunks * kept(program.policy, program.rows, mesh)
     found[WORKING] = working(program, mesh)
     return {name: size for name, size in found.items() if size}
+
+
+def gradients(program: Program) -> int:
+    """Bytes of gradients: in the parameters' type; of several microbatches besides in f32, where they add up."""
+    size = held(program.trained)
+    if program.microbatches == 1:
+        return size
+    exact = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), program.trained)
+    return size + held(exact)
 
 
 def local_tokens(rows: tuple[int, int], mesh) -> int:
@@ -72,6 +81,9 @@ def kept(policy: Policy, rows: tuple[int, int], mesh) -> int:
 def working(program: Program, mesh) -> int:
     """Bytes of temporaries at the widest moment of a program: of a layer, of the head or of the embedding."""
     c, sizes = program.policy.config, dict(mesh.shape)
+    if not program.rows[1]:  # caches of some prompts, whole, on their way into slots
+        cache = program.ledger["KV cache"][-1]
+        return program.rows[0] * held(cache) * batch_shards(mesh) // cache.lengths.shape[0]
     item, tokens = np.dtype(program.policy.compute_dtype).itemsize, local_tokens(program.rows, mesh)
     return max(_layer(program, sizes, tokens, item), _head(program, sizes, tokens, item), c.embed_dim * item * tokens)
 
@@ -82,9 +94,9 @@ def _layer(program: Program, sizes, tokens: int, item: int) -> int:
     The multiples of the widths are those that fit what the TPU compiler made of the plans in configs/plans.
     """
     c, tensor = program.policy.config, sizes["tensor"]
-    gathered = (
-        0 if sizes["fsdp"] * sizes["context"] == 1 else c.embed_dim * c.mlp_dim // tensor * item
-    )  # one in use, one on its way
+    # Of the widest weights one is in use and one on its way; where a token decodes, of all of a layer's.
+    widest = _layer_weights(c, sizes) if program.rows[1] == 1 else c.embed_dim * c.mlp_dim // tensor
+    gathered = 0 if sizes["fsdp"] * sizes["context"] == 1 else widest * item
     heads, mlp = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim // tensor, _mlp_width(c) // tensor
     mixed = 0
     if c.experts:  # a row for every expert that any token of the expert axis may go to (ops/experts.py)

@@ -74,6 +74,6 @@ def _slices(devices: Sequence) -> list[list]:
     return [groups[index] for index in sorted(groups)]
 
 
-def platform(mesh: Mesh | None) -> str:
-    """ "cpu", "gpu" or "tpu": where programs over this mesh run, which for a plan is not where they are compiled."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+def platform(mesh: Mesh) -> str:
+    """Where programs over this mesh run: cpu, gpu or tpu. Of a plan that is not where they are compiled."""
+    return mesh.devices.flat[0].platform

@@ -121,6 +121,7 @@ def train_program(config, mesh, model, data, step_fn, state, frozen) -> planned.
         # another model's forward pass, of one that is read in every step
         passes=accumulate * (3 + sum(name in frozen for name in ("reference", "teacher"))),
         trained=state.params,
+        microbatches=accumulate,
     )
 
 

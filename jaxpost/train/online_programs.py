@@ -31,6 +31,7 @@ def online_programs(config, mesh, model, trained, rollouts, learn, shardings, st
     batch, microbatches = to_batch(rollout, config.batch, **branches)
     batch = planned.as_shapes(batch, mesh)
     parts = microbatches * config.ppo.minibatches
+    trunks = 2 if config.value.model == "own" else 1
     rows, tokens = batch.rows.tokens.shape
     update = planned.Program(
         "update",
@@ -40,8 +41,10 @@ def online_programs(config, mesh, model, trained, rollouts, learn, shardings, st
         calls=1,
         policy=model.policy,
         rows=(rows // parts, tokens),
-        passes=parts * ((1 + 3 * config.ppo.epochs) * len(trained.abstract) + 1),  # of the reference
+        passes=parts * ((1 + 3 * config.ppo.epochs) * trunks + 1),  # of the reference
         trained=state.params,
+        trunks=trunks,
+        microbatches=microbatches,
     )
     scorers = [rollouts.scorer, *getattr(rollouts.scorer, "scorers", ()), rollouts.gold]
     models = [scorer for scorer in scorers if getattr(scorer, "model", None) is not None]

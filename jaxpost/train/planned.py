@@ -30,7 +30,8 @@ class Program:
     fn: jitted; args: its arguments, ShapeDtypeStructs with shardings. ledger: {what: tree} of these arguments, by what
     they are for. calls: of it in a step of the run, at most. policy: the model that it runs, its words or scores read.
     rows: [B, T] of one forward pass, over all devices. passes: over such rows in a call, a backward pass counted twice.
-    trained: the parameters that it computes gradients of; None where it computes none.
+    trained: the parameters that it computes gradients of; None where it computes none. trunks: models that a backward
+    pass goes through. microbatches: whose gradients are added up.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Program:
     rows: tuple[int, int]
     passes: float
     trained: Any = None
+    trunks: int = 1
+    microbatches: int = 1
 
 
 @dataclasses.dataclass

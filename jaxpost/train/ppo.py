@@ -270,7 +270,7 @@ def make_ppo_optimizer(config, abstract, axes) -> Optimizer:
     """
     updates = config.ppo.epochs * config.ppo.minibatches
     settings = dataclasses.replace(config.optimizer, warmup_steps=config.optimizer.warmup_steps * updates)
-    found = make_optimizer(settings, config.run.steps * updates, abstract, axes)
+    found = make_optimizer(settings, config.run.steps * updates, abstract, axes, config.precision.moments)
 
     def update(gradients, state, params=None):
         changes, state = found.transform.update(gradients, state, params)

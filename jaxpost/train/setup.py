@@ -123,7 +123,7 @@ def cache_folder() -> epath.Path:
 def open_mesh(config):
     """The mesh of the config over all devices, held against the batch. Raises ConfigError."""
     plan = planned.current()
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=plan and plan.devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), **({"devices": plan.devices} if plan else {}))
     if plan:
         plan.mesh = mesh
     rows, shards = config.batch.rows_per_step // config.batch.accumulate, batch_shards(mesh)
@@ -158,8 +158,9 @@ def open_model(config, mesh, *, path: str | None = None, any_head: bool = False)
     else:
         dtype = compute_dtype(config.precision.compute, mesh) if mesh is not None else "float32"
         found = _with_experts(config, hf.read_config(folder))
-        kernels = None if config.model.kernels == "auto" else config.model.kernels
-        place = {"platform": platform(mesh), "kernels": kernels}
+        place = {"kernels": None if config.model.kernels == "auto" else config.model.kernels}
+        if mesh is not None:
+            place["platform"] = platform(mesh)
         policy = Policy(found if any_head else _with_head(config, found), dtype, config.remat.policy, **place)
     if planned.current():
         tokenizer, template = planned.Words(policy.config.eos_ids), None

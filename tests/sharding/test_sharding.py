@@ -124,9 +124,10 @@ def test_a_dimension_that_does_not_divide():
     policy = Policy(config)
     found = named_shardings(policy.axes(), mesh, policy.abstract())
     attn = found["layers"]["attn"]
-    assert attn["q"]["weight"].spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
-    assert attn["k"]["weight"].spec == PartitionSpec(None, ("fsdp",), None, None)  # copied: fewer heads than devices
-    assert found["embed"]["weight"].spec == PartitionSpec(None, ("fsdp",))
+    whole = ("fsdp", "context")
+    assert attn["q"]["weight"].spec == PartitionSpec(None, whole, ("tensor",), None)
+    assert attn["k"]["weight"].spec == PartitionSpec(None, whole, None, None)  # copied: fewer heads than devices
+    assert found["embed"]["weight"].spec == PartitionSpec(None, whole)
     with pytest.raises(ConfigError, match=r"mesh\.tensor=8.*'mlp' of size 20"):
         odd = Policy(tiny_config(num_heads=8, mlp_dim=20))
         named_shardings(odd.axes(), mesh, odd.abstract())

@@ -14,7 +14,7 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.config import Layer, ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.ops.rope import Rope
-from jaxpost.train.optimizer import apply_updates, leaf_names, make_optimizer, make_schedule, matrices_of
+from jaxpost.train.optimizer import apply_updates, leaf_names, make_optimizer, make_schedule, matrices_of, rounded
 
 AXES = {
     "embed": {"embedding": ("vocab", "embed")},
@@ -121,12 +121,31 @@ def test_the_second_moment_of_bf16_parameters_decays():
     np.testing.assert_allclose(nu[1]["w"], 0.001 * 0.999**20, rtol=1e-5)
 
 
-def test_first_moments_are_kept_in_the_type_asked_for():
+def test_moments_are_kept_in_the_type_asked_for():
     params = tree(0)
     _, state = run(make_optimizer(settings(), 9, params, moment_dtype=jnp.bfloat16), params, [tree(1)])
-    ((_, mu),), ((_, nu),) = (list(optax.tree.get_all_with_path(state, key)) for key in ("mu", "nu"))
-    assert {x.dtype for x in jax.tree.leaves(mu)} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.tree.leaves(nu)} == {jnp.dtype(jnp.float32)}
+    for key in ("mu", "nu"):
+        ((_, found),) = optax.tree.get_all_with_path(state, key)
+        assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bf16_moments_are_rounded_up_or_down_at_random():
+    """Each to one of its two neighbours, on average right."""
+    x = jnp.full(100_000, 1.0 + 2**-9, jnp.float32)  # a quarter of the way from 1 to the next bf16 number
+    found = np.asarray(rounded(x, jnp.bfloat16, jax.random.key(0)).astype(jnp.float32))
+    assert set(found.tolist()) == {1.0, 1.0 + 2**-7}
+    np.testing.assert_allclose(found.mean(), 1.0 + 2**-9, atol=4 * 2**-7 * (3 / 16 / 100_000) ** 0.5)  # 4 deviations
+    exact = jnp.array([0.0, 1.0, -2.5, jnp.inf, jnp.nan], jnp.float32)
+    np.testing.assert_array_equal(rounded(exact, jnp.bfloat16, jax.random.key(1)).astype(jnp.float32), exact)
+
+
+def test_a_bf16_second_moment_decays():
+    params = {"w": jnp.zeros((4096,), jnp.bfloat16)}
+    grads = [{"w": jnp.full((4096,), g, jnp.bfloat16)} for g in [1.0] + [0.0] * 200]
+    _, state = run(make_optimizer(settings(), 300, params, moment_dtype=jnp.bfloat16), params, grads)
+    ((_, nu),) = optax.tree.get_all_with_path(state, "nu")
+    mean = float(nu["w"].astype(jnp.float32).mean())
+    np.testing.assert_allclose(mean, 0.001 * 0.999**200, rtol=0.02)  # rounded to nearest it stays at 0.001
 
 
 def test_lion_steps_by_the_sign():

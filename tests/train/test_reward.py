@@ -257,7 +257,7 @@ def test_run_checkpoint_and_export_score_alike(run):
 @pytest.mark.parametrize("kind", ["run", "export"])
 def test_a_frozen_model_is_held_in_the_type_it_computes_in(run, kind, monkeypatch):
     path, mesh = str(run.folder / {"run": "", "export": "export"}[kind]), make_mesh(data=2, fsdp=4)
-    monkeypatch.setattr(setup, "compute_dtype", lambda name: "bfloat16")
+    monkeypatch.setattr(setup, "compute_dtype", lambda name, mesh: "bfloat16")
     loaded = load_model(path, mesh=mesh, frozen=True)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"} and loaded.mesh is mesh
     half, whole = loaded.score(QUESTION, ANSWERS).heads, run.score(QUESTION, ANSWERS).heads
