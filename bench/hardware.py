@@ -53,6 +53,8 @@ def config_of(model: str, values: dict, devices: int):
         values["score"] = {"reward": shape}
     mesh = {"fsdp": devices}
     if model == "qwen3-30b-a3b":
+        if "lora" in values:
+            values["lora"]["targets"] = ("attn/",)  # adapters do not reach experts
         mesh = {"fsdp": devices // EXPERTS, "expert": EXPERTS} if devices % EXPERTS == 0 else None
     if mesh is None:
         return None
