@@ -23,7 +23,7 @@ from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
 from jaxpost.keys import STAGES_WITH_SCORES
-from jaxpost.models import hf, lora
+from jaxpost.models import hf, lora, quantize
 from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
@@ -74,7 +74,9 @@ class Model:
     def load(self, keep=None):
         """The weights that train, each shard read by the device that holds it. keep: see `hf.load_params`."""
         if planned.current():
-            return self.sharded
+            modules = lora.modules_of(self.policy.config)
+            plain = self.quantized == "none"
+            return self.sharded if plain else quantize.abstract(self.quantized, modules, self.sharded)
         if self.loader is not None:
             return self.loader()
         if isinstance(self.policy, Adapter):

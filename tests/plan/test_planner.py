@@ -148,6 +148,14 @@ def test_adapters_hold_the_base_once(shape):
     assert "reference" not in found
 
 
+def test_a_quantised_base_is_counted_in_its_bytes(shape):
+    """int8: a byte an entry and a f32 for each block of 64 inputs (of H for o, cut by heads); the rest in bfloat16."""
+    found = planner.estimate(settings(shape, lora={"rank": 4, "quantize": "int8"}), "h100:8").programs[0].ledger
+    entries, of_o, rest = L * LAYER // 8, L * H * h * D // 8, 2 * V * D // 8
+    scales = (entries - of_o) // 64 + of_o // H
+    assert found["base"] == entries + 4 * scales + 2 * (rest + NORMS)
+
+
 def test_a_search_finds_settings_that_fit(shape, monkeypatch):
     monkeypatch.setattr(planner, "plan", lambda config, topology, cache: planner.estimate(config, topology))
     found = search.search(settings(shape), "h100:8", best=4)
