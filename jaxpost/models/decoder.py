@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpost.models.cache import Cache, extend
 from jaxpost.models.config import Layer, ModelConfig, stack_row
@@ -17,12 +18,18 @@ from jaxpost.models.sharded import attend, attend_cached, gathered, lookup
 from jaxpost.ops.attention import Places
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
+from jaxpost.sharding.memory import KIND, on_device
 from jaxpost.sharding.rules import constrain, partition_spec
 from jaxpost.types import Array
 
+INPUT = "layer_input"  # what `full` keeps of a layer, by the name that `offload` knows it by
+STACKS = ("layers", "tail")  # of layers, whose weights a layer at a time is moved to the devices
 REMAT = {  # what the backward pass may keep instead of computing it again; None: everything
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst=KIND
+    ),
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -341,7 +348,8 @@ class Decoder(nn.Module):
             for i in range(P):
 
                 def step(x, stacked, *rest, i=i):
-                    return apply(i, x, _row(stacked, kinds, i), *rest)
+                    own = on_device(_row(stacked, kinds, i))
+                    return apply(i, checkpoint_name(x, INPUT), own, *rest)
 
                 x, kv, router = self._remat(step)(x, stacked, kvs and kvs[i], index, first + index * P + i)
                 stored.append(kv)
@@ -382,7 +390,7 @@ class _Table(nn.Module):
 def unstacked(params: Any, config: ModelConfig) -> Any:
     """The parameters with a tuple of single layers for each stack: slices of a stack inside a loop are copies."""
     found, first = dict(params), 0
-    for name in ("layers", "tail"):
+    for name in STACKS:
         if name in params:
             flat = flatten_dict(params[name])
             count = config.tail_layers if name == "tail" else config.num_layers - config.tail_layers

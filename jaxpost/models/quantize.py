@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost.sharding.memory import back, on_device
 from jaxpost.types import Array
 
 BLOCK = 64
@@ -80,7 +81,8 @@ def quantizer(kind: str, modules: Collection[str]):
     def keep(path, array):
         if path[-1] != "weight" or path[0] not in ("layers", "tail") or "/".join(path[1:-1]) not in modules:
             return {path: array}
-        values, scale = jax.block_until_ready(quantize(array))  # one at a time: one plain weight is held
+        made = back(quantize(on_device(array)), like=(array, array))
+        values, scale = jax.block_until_ready(made)  # one at a time: one plain weight is held
         return {(*path[:-1], f"weight_{kind}"): values, (*path[:-1], f"weight_{kind}_scale"): scale}
 
     return keep
