@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost.errors import ConfigError
 from jaxpost.models.cache import Cache, new_cache
 from jaxpost.models.config import ModelConfig
-from jaxpost.models.decoder import REMAT, STACKS, Decoder, unstacked
+from jaxpost.models.decoder import REMAT, Decoder, by_layer, unstacked
 from jaxpost.models.lora import Lora, joined
 from jaxpost.models.sharded import row_stats
 from jaxpost.ops.attention import Places
@@ -80,7 +80,7 @@ class Policy:
         takes them), or None where there are none. key: of the adapters' dropout; None: without.
         """
         places = Places(rows.segments, rows.branches, rows.positions)
-        params = {name: own if name in STACKS else on_device(own) for name, own in params.items()}
+        params = by_layer(params)
         hidden, _, router = self._decoder().apply({"params": params}, rows.tokens, places, key=key)
         return hidden, router
 

@@ -18,13 +18,14 @@ def on_host(shardings: Any) -> Any:
 
 def on_device(tree: Any) -> Any:
     """The arrays, those of the host's memory copied to the devices. No computation takes any others."""
-    return jax.tree.map(lambda x: jax.device_put(x, _DEVICE) if _waits(x) else x, tree)
+    return jax.tree.map(lambda x: jax.device_put(x, _DEVICE) if waits(x) else x, tree)
 
 
 def back(tree: Any, like: Any) -> Any:
     """The arrays, those copied to the host's memory whose counterpart in `like` lies there."""
-    return jax.tree.map(lambda x, was: jax.device_put(x, _HOST) if _waits(was) else x, tree, like)
+    return jax.tree.map(lambda x, was: jax.device_put(x, _HOST) if waits(was) else x, tree, like)
 
 
-def _waits(x) -> bool:
+def waits(x) -> bool:
+    """Whether an array lies in the host's memory."""
     return jax.typeof(x).memory_space == _HOST
