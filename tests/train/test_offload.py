@@ -1,5 +1,6 @@
 """Moments, weights that stay and residuals in the host's memory: the same numbers, and it is really there."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -10,6 +11,14 @@ import jaxpost
 from jaxpost import config as configs
 from jaxpost.errors import ConfigError
 from jaxpost.models import lora
+from jaxpost.models.policy import Policy
+from jaxpost.plan import ledger
+from jaxpost.plan.chips import open_topology
+from jaxpost.plan.hlo import analyse
+from jaxpost.sharding import batch_sharding, make_mesh, named_shardings, on_host, with_dtype
+from jaxpost.train.setup import with_shardings
+from jaxpost.types import Rows
+from tests.models.tiny import patterned_config, tiny_config
 from tests.worlds import dpo_config, write_model, write_pairs
 
 CLOSE = {"atol": 1e-6, "rtol": 0}
@@ -62,17 +71,38 @@ def test_a_run_with_moments_on_the_host_resumes(given, offloaded, tmp_path):
     same((resumed.params, resumed.state.opt_state), (offloaded.params, offloaded.state.opt_state), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_beneath_adapters_waits_on_the_host(given, tmp_path):
     """It is policy and reference in one, read by the backward pass too; completions and export work it in."""
     changes = {"lora": {"rank": 2, "quantize": "int8"}, "remat": {"policy": "full"}}
+    run = {"eval_prompts": 1, "eval_new_tokens": 2, "export": True}
     runs = [
-        dpo(given, tmp_path / name, run={"eval_prompts": 1, "eval_new_tokens": 2, "export": True}, **changes, **more)
+        dpo(given, tmp_path / name, run=run, **changes, **more)
         for name, more in (("plain", {}), ("offloaded", {"offload": {"reference": True}}))
     ]
     base = [lora.split(run.params)[0] for run in runs]
     assert [kinds(tree) for tree in base] == [{"device"}, {"pinned_host"}]
     same(base[1], base[0], atol=0, rtol=0)
     same(runs[1].state.params, runs[0].state.params, **CLOSE)
+
+
+@pytest.mark.parametrize("make", [tiny_config, pytest.param(patterned_config, marks=pytest.mark.slow)])
+def test_a_layer_at_a_time_comes_to_a_tpu_in_its_shards(make):
+    """Of weights on the host every byte is read once a pass, and no device ever holds them all."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    sizes = {"embed_dim": 256, "mlp_dim": 1024, "num_heads": 4, "head_dim": 128, "vocab_size": 128, "tied": True}
+    config = dataclasses.replace(make(), num_layers=8, **sizes)
+    policy = Policy(config, "bfloat16", platform="tpu", kernels="xla")
+    mesh = make_mesh(data=1, fsdp=4, devices=open_topology("v5e:2x2"))
+    abstract = with_dtype(policy.abstract(), "bfloat16")
+    params = with_shardings(abstract, on_host(named_shardings(policy.axes(), mesh, abstract)))
+    ints = jax.ShapeDtypeStruct((4, 128), np.int32, sharding=batch_sharding(mesh))
+    rows = Rows(ints, ints, ints, ints, jax.ShapeDtypeStruct(ints.shape, np.float32, sharding=ints.sharding))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(lambda params, rows: policy.hidden(params, rows)[0]).lower(params, rows).compile()
+    memory, held = compiled.memory_analysis(), ledger.held(params, host=True)
+    assert analyse(compiled.as_text(), dict(mesh.shape)).host_bytes == memory.host_argument_size_in_bytes == held
+    assert memory.argument_size_in_bytes < held / 10 and memory.temp_size_in_bytes < held
 
 
 @pytest.mark.parametrize(
