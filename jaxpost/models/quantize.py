@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxpost.sharding.memory import back, on_device
 from jaxpost.types import Array
 
 BLOCK = 64
@@ -83,7 +84,8 @@ def quantizer(kind: str, modules: Collection[str]):
     def keep(path, array):
         if not _is_quantised(path, modules):
             return {path: array}
-        return _leaves(path, kind, *jax.block_until_ready(quantize(array)))  # one at a time: one plain weight is held
+        made = back(quantize(on_device(array)), like=(array, array))
+        return _leaves(path, kind, *jax.block_until_ready(made))  # one at a time: one plain weight is held
 
     return keep
 

@@ -146,11 +146,12 @@ class LocalEngine:
 
     def _placed(self, tree, like=None):
         """Abstract arrays with the layouts they are made in: of `like`, or of caches and slots, rows first."""
+        shaped = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
         if like is not None:
-            return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), tree, like)
+            return jax.tree.map(lambda x, p: shaped(x, p.sharding.with_memory_kind("device")), tree, like)
         axes = {5: ("layers", *CACHE_AXES), 4: CACHE_AXES, 2: ("batch", None), 1: ("batch",)}
         place = lambda x: named_shardings(axes[x.ndim], self.mesh, x)  # noqa: E731
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
+        return jax.tree.map(lambda x: shaped(x, place(x)), tree)
 
     def on_mesh(self):
         """The context in which the engine's programs run."""

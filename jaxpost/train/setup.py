@@ -28,7 +28,7 @@ from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
-from jaxpost.sharding import batch_shards, make_mesh, named_shardings, platform, with_dtype
+from jaxpost.sharding import batch_shards, make_mesh, named_shardings, on_host, platform, with_dtype
 from jaxpost.train import planned
 from jaxpost.train.adapters import as_loaded, with_adapters
 from jaxpost.train.folder import model_folder
@@ -252,9 +252,15 @@ def open_reference(config, model: Model, mesh) -> Model:
 
 
 def reference_weights(config, model: Model) -> Model:
-    """The model, held in the type that precision.reference says: it is never trained."""
+    """The model, held in the type and the memory that precision.reference and offload.reference say: it never trains.
+
+    Not in the host's where it moves: then it is part of the state.
+    """
     dtype = model.policy.compute_dtype if config.precision.reference == "auto" else config.precision.reference
-    return dataclasses.replace(model, abstract=with_dtype(model.abstract, dtype))
+    shardings = model.shardings
+    if config.offload.reference and config.reference.mode != "moving":
+        shardings = on_host(shardings)
+    return dataclasses.replace(model, abstract=with_dtype(model.abstract, dtype), shardings=shardings)
 
 
 def open_data(config, model: Model, kind: str, inspect=None) -> Data:
