@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.quantize import weight_of
+from jaxpost.sharding.memory import on_device
 from jaxpost.types import Array
 
 PREFIX = "lora_"

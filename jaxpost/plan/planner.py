@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxpost import config as configs
+from jaxpost.errors import ConfigError
 from jaxpost.plan import chips, hlo, ledger
 from jaxpost.plan.roofline import Roofline, rates, roofline
 from jaxpost.stages import RUN
@@ -134,6 +135,11 @@ def open_devices(config, topology: str) -> list:
     slices = max(config.mesh.slices, 1)
     if chip.platform == "tpu":
         return chips.open_topology(topology, slices)
+    for name, on in dataclasses.asdict(config.offload).items():
+        if on:  # jax names kinds of memory of real devices alone
+            raise ConfigError(
+                f"offload.{name}: True, which is planned for TPUs only; set False for topology {topology}"
+            )
     return [_Described(n, "gpu") for n in range(count)]
 
 
