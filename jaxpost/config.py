@@ -195,6 +195,7 @@ def _contradictions(c: Config):
             yield f"run.{name}", f"{getattr(run, name)}, but a model of model.adapter only trains; set {value}"
     yield from _score_contradictions(c)
     yield from _lora_contradictions(c)
+    yield from _offload_contradictions(c)
     if c.stage not in STAGES_WITH_REFERENCE and c.reference != ReferenceConfig():
         changed = next(k for k in differences(c.reference, ReferenceConfig()))
         yield f"reference.{changed}", f"the stage {c.stage} has no reference model"
@@ -331,6 +332,21 @@ def _lora_contradictions(c: Config):
         yield "lora.rank", "a model of model.adapter takes no adapters of ours; set None"
     if c.precision.reference != "auto" and c.reference.path is None:
         yield "precision.reference", "with adapters the reference is the base beneath them; set 'auto'"
+
+
+def _offload_contradictions(c: Config):
+    if not c.offload.reference:
+        return
+    adapted = c.lora.rank is not None or c.lora.path is not None
+    live = c.stage in STAGES_WITH_REFERENCE and c.reference.mode == "live"
+    if not (adapted or live or (c.teacher.path is not None and c.teacher.outputs is None)):
+        why = "the step reads no weights but those that train: no live reference, no teacher, no base of adapters"
+        yield "offload.reference", f"True, but {why}; set False"
+    if adapted and c.remat.policy == "none":
+        why = "'none' keeps what it reads of the base for the backward pass, on the devices"
+        yield "remat.policy", f"{why}, and offload.reference saves nothing; set 'full' or 'offload'"
+    if c.model.adapter is not None:
+        yield "offload.reference", "somebody else's model does not know when to read them; set False"
 
 
 def _quality_contradictions(quality: QualityConfig):

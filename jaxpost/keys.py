@@ -357,7 +357,17 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RematConfig:
-    policy: Literal["none", "full", "dots", "dots_no_batch"] = key("what the backward pass keeps of a layer", "none")
+    policy: Literal["none", "full", "offload", "dots", "dots_no_batch"] = key(
+        "what the backward pass keeps of a layer; offload: as full, in the host's memory", "none"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadConfig:
+    """What waits in the host's memory until the step reads it (docs/performance.md)."""
+
+    moments: bool = key("of the optimizer: read and written once an update", False)
+    reference: bool = key("weights that stay: reference, teacher, base of adapters; a layer at a time is read", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,6 +406,7 @@ class Config:
     run: RunConfig
     precision: PrecisionConfig
     remat: RematConfig
+    offload: OffloadConfig
     plan: PlanConfig
     halt_when: tuple[str, ...] = key("rules over what is logged that end a run, as 'kl > 20' (train/watch.py)", ())
     warn_when: tuple[str, ...] = key("such rules that warn", ())

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpost.models.cache import Cache, extend
 from jaxpost.models.config import Layer, ModelConfig, stack_row
@@ -17,12 +18,18 @@ from jaxpost.models.sharded import attend, attend_cached, gathered, lookup
 from jaxpost.ops.attention import Places
 from jaxpost.ops.experts import expert_mlp, route
 from jaxpost.ops.rope import apply_rope, rope_tables
+from jaxpost.sharding.memory import KIND, on_device, waits
 from jaxpost.sharding.rules import RULES, constrain, partition_spec
 from jaxpost.types import Array
 
+INPUT = "layer_input"  # what `full` keeps of a layer, by the name that `offload` knows it by
+STACKS = ("layers", "tail")
 REMAT = {  # what the backward pass may keep instead of computing it again; None: everything
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst=KIND
+    ),
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -335,14 +342,17 @@ class Decoder(nn.Module):
         if isinstance(params, tuple):
             return _in_a_row(apply, params, first, P, x, kvs)
 
+        near, far = (params, {}) if P == 1 else _apart(params)
+
         def period(carry, xs):
             x, kvs = carry
             stacked, index = xs
             routers, stored = [], []
             for i in range(P):
 
-                def step(x, stacked, *rest, i=i):
-                    return apply(i, x, _row(stacked, kinds, i), *rest)
+                def step(x, stacked, kv, row, layer, i=i):
+                    own = on_device(_row(stacked, kinds, i, far, row))
+                    return apply(i, checkpoint_name(x, INPUT), own, kv, row, layer)
 
                 x, kv, router = self._remat(step, P)(x, stacked, kvs and kvs[i], index, first + index * P + i)
                 stored.append(kv)
@@ -351,7 +361,7 @@ class Decoder(nn.Module):
 
         # What the backward pass reads of the scan's own slices, as they are, is not kept once more. So a layer is taken
         # out of its period inside what is computed again, and a period of one is the layer.
-        periods = params if P == 1 else jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), params)
+        periods = near if P == 1 else jax.tree.map(lambda p: p.reshape(count // P, -1, *p.shape[1:]), near)
         indices = jnp.arange(count // P, dtype=jnp.int32)
         (x, kvs), routers = jax.lax.scan(period, (x, kvs and kvs[:P]), (periods, indices), unroll=self.unroll or 1)
         return x, kvs or (), [] if routers is None else [routers.reshape(-1, *routers.shape[2:])]
@@ -364,12 +374,38 @@ class Decoder(nn.Module):
         return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=self.unroll or period > 1)
 
 
-def _row(stacked, kinds, i):
-    """The parameters of the i-th layer of a period; of a period of one, all."""
+def by_layer(params):
+    """The parameters, in the host's memory only those that the layers' loop moves to the devices, a layer at a time.
+
+    Norms [L, D] are no such: there the TPU compiler cuts no row out of a matrix.
+    """
+    flat = flatten_dict(params)
+    stay = lambda path, leaf: path[0] in STACKS and leaf.ndim > 2  # noqa: E731
+    return unflatten_dict({path: leaf if stay(path, leaf) else on_device(leaf) for path, leaf in flat.items()})
+
+
+def _apart(stack):
+    """(what lies on the devices, {path: leaf} of what waits in the host's memory)."""
+    flat = flatten_dict(stack)
+    far = {path: leaf for path, leaf in flat.items() if waits(leaf)}
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path not in far}), far
+
+
+def _row(stacked, kinds, i, far, period):
+    """The parameters of the i-th layer of a period; of a period of one, all.
+
+    far: whole stacks in the host's memory, out of which the TPU compiler cuts along one dimension only.
+    """
     if len(kinds) == 1:
         return stacked
     rows = {path: (leaf, stack_row(kinds, i, path[0])) for path, leaf in flatten_dict(stacked).items()}
-    return unflatten_dict({path: leaf[row] for path, (leaf, row) in rows.items() if row is not None})
+    own = {path: leaf[row] for path, (leaf, row) in rows.items() if row is not None}
+    for path, leaf in far.items():
+        found = [stack_row(kinds, k, path[0]) for k in range(len(kinds))]
+        if found[i] is not None:
+            at = period * (len(kinds) - found.count(None)) + found[i]
+            own[path] = jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False)
+    return unflatten_dict(own)
 
 
 class _Table(nn.Module):
@@ -384,7 +420,7 @@ class _Table(nn.Module):
 def unstacked(params: Any, config: ModelConfig) -> Any:
     """The parameters with a tuple of single layers for each stack: slices of a stack inside a loop are copies."""
     found, first = dict(params), 0
-    for name in ("layers", "tail"):
+    for name in STACKS:
         if name in params:
             flat = flatten_dict(params[name])
             count = config.tail_layers if name == "tail" else config.num_layers - config.tail_layers

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost.errors import ConfigError
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.quantize import weight_of
+from jaxpost.sharding.memory import on_device
 from jaxpost.types import Array
 
 PREFIX = "lora_"
@@ -123,7 +124,7 @@ def _worked_in(leaves, scale, dtype):
                 whole = whole * (leaves[PREFIX + "magnitude"].astype(jnp.float32) / column_norms(whole, inputs))
         return whole.astype(dtype)
 
-    return jax.vmap(one)(leaves)
+    return jax.vmap(one)(on_device(leaves))
 
 
 def with_magnitudes(adapters: Any, base: Any) -> Any:
@@ -135,7 +136,7 @@ def with_magnitudes(adapters: Any, base: Any) -> Any:
             for name in path[:-1]:
                 leaves = leaves[name]
             norms = jax.jit(jax.vmap(lambda leaves, n=inputs: column_norms(weight_of(leaves, "float32"), n)))
-            found = jax.device_put(norms(leaves).astype(leaf.dtype), leaf.sharding)
+            found = jax.device_put(norms(on_device(leaves)).astype(leaf.dtype), leaf.sharding)
             flat[path] = jax.block_until_ready(found)  # one at a time, as in `merged`
     return unflatten_dict(flat)
 
@@ -149,7 +150,7 @@ def fresh(abstract: Any, base: Any, key: Array) -> Any:
 
     def draw(number, path, leaf):
         if path[0] == HEADS:
-            return base[HEADS][path[-1]].astype(leaf.dtype)
+            return on_device(base[HEADS][path[-1]]).astype(leaf.dtype)
         if path[-1] != PREFIX + "a":
             return jnp.zeros(leaf.shape, leaf.dtype)
         width = 1 / math.sqrt(math.prod(leaf.shape[1:-1]))

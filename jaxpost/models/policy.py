@@ -11,11 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost.errors import ConfigError
 from jaxpost.models.cache import Cache, new_cache
 from jaxpost.models.config import ModelConfig
-from jaxpost.models.decoder import REMAT, Decoder, unstacked
+from jaxpost.models.decoder import REMAT, Decoder, by_layer, unstacked
 from jaxpost.models.lora import Lora, joined
 from jaxpost.models.sharded import row_stats
 from jaxpost.ops.attention import Places
 from jaxpost.ops.logprobs import Head, TokenStats
+from jaxpost.sharding.memory import on_device
 from jaxpost.types import Array, Batch, Rows
 
 
@@ -28,7 +29,7 @@ class Policy:
 
     config: ModelConfig
     compute_dtype: str = "float32"
-    remat: str = "none"  # none | full | dots | dots_no_batch: how much the backward pass computes again
+    remat: str = "none"  # a key of decoder.REMAT: how much the backward pass computes again
     lora: Lora | None = None  # adapters, whose leaves are then part of the parameters
     platform: str | None = None  # cpu | gpu | tpu: where it will run; None = the default backend
     kernels: str | None = None  # xla | pallas | interpret (pallas without a TPU); None = pallas on a TPU
@@ -79,6 +80,7 @@ class Policy:
         takes them), or None where there are none. key: of the adapters' dropout; None: without.
         """
         places = Places(rows.segments, rows.branches, rows.positions)
+        params = by_layer(params)
         hidden, _, router = self._decoder().apply({"params": params}, rows.tokens, places, key=key)
         return hidden, router
 
@@ -93,7 +95,7 @@ class Policy:
         return row_stats(hidden, self.head(params), batch.rows, chunk=chunk), router
 
     def head(self, params: Any) -> Head:
-        weight = params["embed" if self.config.tied else "head"]["weight"]
+        weight = on_device(params["embed" if self.config.tied else "head"]["weight"])
         return Head(weight, soft_cap=self.config.logit_soft_cap)
 
     def scores(self, params: Any, hidden: Array) -> Array:
@@ -107,7 +109,7 @@ class Policy:
         To be jit-compiled, once for many steps; it computes with them just what it computes with `params`.
         """
         cast = lambda path, leaf: leaf.astype(self.compute_dtype) if path[-1] in ("weight", "bias") else leaf  # noqa: E731
-        params = unflatten_dict({path: cast(path, leaf) for path, leaf in flatten_dict(params).items()})
+        params = unflatten_dict({path: cast(path, leaf) for path, leaf in flatten_dict(on_device(params)).items()})
         return unstacked(params, self.config) if self.unrolled else params
 
     def new_cache(self, batch: int, length: int, *, chunk: int = 1, quantized: bool = False) -> Cache:

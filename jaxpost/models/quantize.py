@@ -5,12 +5,16 @@ absolute value: int8 steps of 1/127, or the 16 values of NF4, two to a byte. Bot
 that it is sharded as the plain one is.
 """
 
+import functools
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxpost.sharding.memory import back, on_device
 from jaxpost.types import Array
 
 BLOCK = 64
@@ -78,12 +82,33 @@ def quantizer(kind: str, modules: Collection[str]):
     quantize = jax.jit(jax.vmap(QUANTIZERS[kind]))
 
     def keep(path, array):
-        if path[-1] != "weight" or path[0] not in ("layers", "tail") or "/".join(path[1:-1]) not in modules:
+        if not _is_quantised(path, modules):
             return {path: array}
-        values, scale = jax.block_until_ready(quantize(array))  # one at a time: one plain weight is held
-        return {(*path[:-1], f"weight_{kind}"): values, (*path[:-1], f"weight_{kind}_scale"): scale}
+        made = back(quantize(on_device(array)), like=(array, array))
+        return _leaves(path, kind, *jax.block_until_ready(made))  # one at a time: one plain weight is held
 
     return keep
+
+
+def abstract(kind: str, modules: Collection[str], params: Any) -> Any:
+    """What `quantizer` makes of ShapeDtypeStructs with shardings, which lie as the plain weights do."""
+    found = {}
+    for path, leaf in flatten_dict(params).items():
+        if _is_quantised(path, modules):
+            place = functools.partial(jax.ShapeDtypeStruct, sharding=leaf.sharding)
+            parts = jax.eval_shape(jax.vmap(QUANTIZERS[kind]), leaf)
+            found |= _leaves(path, kind, *(place(part.shape, part.dtype) for part in parts))
+        else:
+            found[path] = leaf
+    return unflatten_dict(found)
+
+
+def _is_quantised(path, modules) -> bool:
+    return path[-1] == "weight" and path[0] in ("layers", "tail") and "/".join(path[1:-1]) in modules
+
+
+def _leaves(path, kind: str, values, scale) -> dict:
+    return {(*path[:-1], f"weight_{kind}"): values, (*path[:-1], f"weight_{kind}_scale"): scale}
 
 
 def weight_of(leaves: dict[str, Array], dtype: str) -> Array:

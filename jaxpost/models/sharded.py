@@ -67,6 +67,7 @@ def gathered(weight: Array, axes: tuple[str, ...]) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered(axes, weight):
+    weight = constrain(weight, axes)  # else one that waits on the host is gathered there, by calls of the host
     return constrain(weight, tuple(None if axis == "embed" else axis for axis in axes))
 
 

@@ -11,16 +11,19 @@ import math
 import pathlib
 import re
 import time
+from importlib import metadata
 from typing import Any
 
 import jax
-from etils import epath
 
 from jaxpost import config as configs
+from jaxpost.errors import ConfigError
 from jaxpost.plan import chips, hlo, ledger
 from jaxpost.plan.roofline import Roofline, rates, roofline
 from jaxpost.stages import RUN
 from jaxpost.train import planned
+from jaxpost.train.folder import model_folder
+from jaxpost.train.objectives import DEFAULT_CHUNK_TOKENS
 from jaxpost.train.setup import cache_folder
 
 GIB = 1 << 30
@@ -132,6 +135,11 @@ def open_devices(config, topology: str) -> list:
     slices = max(config.mesh.slices, 1)
     if chip.platform == "tpu":
         return chips.open_topology(topology, slices)
+    for name, on in dataclasses.asdict(config.offload).items():
+        if on:  # jax names kinds of memory of real devices alone
+            raise ConfigError(
+                f"offload.{name}: True, which is planned for TPUs only; set False for topology {topology}"
+            )
     return [_Described(n, "gpu") for n in range(count)]
 
 
@@ -155,36 +163,27 @@ def estimate(config, topology: str) -> TopologyPlan:
 def planned_on(config, topology: str, chip, devices, dims: tuple[int, ...], *, compiled: bool) -> TopologyPlan:
     """The plan over these devices of a chip, that lie in a torus of sides `dims`."""
     found = planned.gone_through(RUN[config.stage], config, devices)
-    resident = _resident(found.programs)
     network = config.plan.network_gbytes_per_s and config.plan.network_gbytes_per_s * 1e9
     programs = []
     for program in found.programs:
-        elsewhere = sum(size for name, size in resident.items() if name not in program.ledger)
-        work = {"chip": chip, "dims": dims, "network": network, "elsewhere": elsewhere, "mesh": found.mesh}
+        work = {"chip": chip, "dims": dims, "network": network, "mesh": found.mesh}
+        work["elsewhere"] = _elsewhere(program, found.programs)
         programs.append(_compiled(program, **work) if compiled else _counted(program, **work))
     return _summed(config, topology, chip, found.mesh, tuple(programs), not compiled)
 
 
-def _resident(programs) -> dict[str, int]:
-    """{what: bytes} that stay on a device between the programs of a run."""
-    first = programs[0].ledger
-    found = {name: ledger.held(tree) for name, tree in first.items() if name != "batch"}
-    for program in programs[1:]:
-        for name, tree in program.ledger.items():
-            if name == "reward":
-                found[name] = ledger.held(tree)
-    return found
-
-
-def _beside(program, elsewhere: int) -> int:
-    """`elsewhere`, less the policy's weights, which a sampling program reads out of what trains."""
-    return elsewhere - (ledger.held(program.ledger["policy"]) if "policy" in program.ledger else 0)
+def _elsewhere(program, programs) -> int:
+    """Bytes of the run that lie on a device while one of its programs runs, besides that one's own."""
+    scoring = {name: tree for one in programs for name, tree in one.ledger.items() if name == "reward"}
+    resident = {name: tree for name, tree in programs[0].ledger.items() if name != "batch"} | scoring
+    others = sum(ledger.held(tree) for name, tree in resident.items() if name not in program.ledger)
+    return others - ledger.held(program.ledger.get("policy", ()))  # which is read out of what trains
 
 
 def _compiled(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
     """By the compiler."""
     counted = ledger.ledger(program, mesh)
-    common = _common(program, counted, _beside(program, elsewhere))
+    common = _common(program, counted, elsewhere)
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
@@ -194,8 +193,7 @@ def _compiled(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
         return dataclasses.replace(estimated, **_refused(str(error), program, error))
     seconds = time.perf_counter() - began
     memory = executable.memory_analysis()
-    rows = dict(zip(("batch", "length"), program.rows, strict=True))
-    costs = hlo.analyse(executable.as_text(), dict(mesh.shape), _trips(program, mesh, **rows))
+    costs = hlo.analyse(executable.as_text(), dict(mesh.shape), _trips(program, mesh))
     costs = dataclasses.replace(costs, flops=costs.flops - _idle_experts(costs, mesh))
     line = roofline(costs, chip, dict(mesh.shape), dims, network)
     times = _times(line, costs.host_bytes)
@@ -240,7 +238,7 @@ def _counted(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
     costs = hlo.Costs(int(flops), int(hbm), 0, traffic, {}, (), {}, {}, {}, ())
     times = _times(roofline(costs, chip, dict(mesh.shape), dims, network), 0)
     return ProgramPlan(
-        **_common(program, counted, _beside(program, elsewhere)),
+        **_common(program, counted, elsewhere),
         arguments=None,
         temporaries=None,
         peak=None,
@@ -276,15 +274,11 @@ def _idle_experts(costs: hlo.Costs, mesh) -> int:
     return grouped - grouped // mesh.shape["expert"]
 
 
-def _trips(program, mesh, *, batch: int, length: int):
-    """Trips of loops that data ends: the head's positions as if all were scored, all steps of a block."""
-    width = 1024  # train.objectives.DEFAULT_CHUNK_TOKENS, a shard of the batch
-    positions = math.ceil(ledger.local_tokens((batch, length), mesh) / width)
-
-    def trips(op_name: str) -> int:
-        return int(program.passes) if program.name == "decode" else positions
-
-    return trips
+def _trips(program, mesh) -> int:
+    """Trips of a loop that data ends: of a block of steps all, of the head's positions as if all were scored."""
+    if program.name == "decode":
+        return int(program.passes)
+    return math.ceil(ledger.local_tokens(program.rows, mesh) / DEFAULT_CHUNK_TOKENS)
 
 
 def _summed(config, topology, chip, mesh, programs, estimated: bool) -> TopologyPlan:
@@ -331,8 +325,6 @@ def from_json(text: str) -> TopologyPlan:
 
 def version() -> str:
     """Of what a plan depends on besides its config: our code, jax and the TPU compiler."""
-    from importlib import metadata
-
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
@@ -343,13 +335,7 @@ def version() -> str:
 
 
 def _digest(config, topology: str) -> str:
-    folder = epath.Path(planned_model(config)) / "config.json"
-    model = folder.read_text() if folder.exists() else str(folder)
+    described = model_folder(config.model.path) / "config.json"
+    model = described.read_text() if described.exists() else str(described)
     text = "\n".join([configs.to_json(config), topology, version(), model])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def planned_model(config) -> str:
-    from jaxpost.train.folder import model_folder
-
-    return str(model_folder(config.model.path))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxpost.errors import ConfigError
 from jaxpost.models.cache import AXES as CACHE_AXES
@@ -146,11 +147,13 @@ class LocalEngine:
 
     def _placed(self, tree, like=None):
         """Abstract arrays with the layouts they are made in: of `like`, or of caches and slots, rows first."""
+        shaped = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
         if like is not None:
-            return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), tree, like)
+            near = lambda p: NamedSharding(self.mesh, p.sharding.spec)  # noqa: E731 - wherever the weights wait
+            return jax.tree.map(lambda x, p: shaped(x, near(p)), tree, like)
         axes = {5: ("layers", *CACHE_AXES), 4: CACHE_AXES, 2: ("batch", None), 1: ("batch",)}
         place = lambda x: named_shardings(axes[x.ndim], self.mesh, x)  # noqa: E731
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
+        return jax.tree.map(lambda x: shaped(x, place(x)), tree)
 
     def on_mesh(self):
         """The context in which the engine's programs run."""

@@ -10,15 +10,19 @@ from jaxpost.errors import ConfigError
 from jaxpost.models import hf, lora
 from jaxpost.models.lora import Lora
 from jaxpost.models.quantize import quantizer
-from jaxpost.sharding import named_shardings, with_dtype
+from jaxpost.sharding import named_shardings, on_host, with_dtype
 from jaxpost.train.folder import model_folder
 
 
-def as_base(model, quantize: str):
-    """The model held in the type it computes in, or in fewer bits; its weights are read once and kept."""
+def as_base(model, quantize: str, offload: bool = False):
+    """The model held in the type it computes in, or in fewer bits; its weights are read once and kept.
+
+    offload: in the host's memory.
+    """
     keep = None if quantize == "none" else quantizer(quantize, lora.modules_of(model.policy.config))
     abstract = with_dtype(model.abstract, model.policy.compute_dtype)
-    model = dataclasses.replace(model, abstract=abstract, quantized=quantize)
+    shardings = on_host(model.shardings) if offload else model.shardings
+    model = dataclasses.replace(model, abstract=abstract, shardings=shardings, quantized=quantize)
     return dataclasses.replace(model, loader=functools.cache(functools.partial(model.load, keep)))
 
 
@@ -58,7 +62,7 @@ def with_adapters(config, model, mesh):
         found = Lora(**{name: getattr(settings, name) for name in names})
     else:
         return model
-    base = as_base(model, settings.quantize) if mesh is not None else None
+    base = as_base(model, settings.quantize, config.offload.reference) if mesh is not None else None
     return adapted(model, found, folder, base=base, mesh=mesh, seed=config.run.seed, any_base=settings.any_base)
 
 

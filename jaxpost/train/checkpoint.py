@@ -22,6 +22,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN, PreservationPolicy
 
 from jaxpost.errors import CheckpointError
+from jaxpost.sharding import on_device
 from jaxpost.types import TrainState
 
 PARTS = ("params", "opt_state", "step", "key", "carry")
@@ -275,6 +276,7 @@ def checksum(tree) -> int:
 
 @jax.jit
 def _checksum(x):
+    x = on_device(x)
     if x.dtype != jnp.bool_:
         x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)

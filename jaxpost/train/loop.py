@@ -16,7 +16,7 @@ from jaxpost.config import to_dict
 from jaxpost.data import quality
 from jaxpost.data.loader import Loader
 from jaxpost.errors import UserError
-from jaxpost.sharding import host_rows, place, shardings_like
+from jaxpost.sharding import host_rows, on_host, place, shardings_like
 from jaxpost.train import hosts, inputs, planned, watchdog
 from jaxpost.train.adapters import on_whole
 from jaxpost.train.checkpoint import Checkpointer
@@ -56,7 +56,7 @@ def fit(config, folder, resume: bool, *, mesh, model, data, objective, frozen=No
     def init(params, carry):
         return TrainState(jnp.int32(0), params, optimizer.transform.init(params), jax.random.key(run.seed), carry)
 
-    abstract, shardings = state_layout(init, model, mesh, carry.abstract)
+    abstract, shardings = state_layout(init, model, mesh, carry.abstract, config.offload.moments)
     observe = observer(optimizer.schedule)
     step_fn = jax.jit(
         make_train_step(objective, optimizer.transform, batch.accumulate, observe=observe, advance=carry.advance),
@@ -134,12 +134,17 @@ def first_state(checkpoints: Checkpointer, resume: bool, folder, abstract, fresh
     return fresh(), {"num_tokens": 0}
 
 
-def state_layout(init, model, mesh, carry):
-    """(abstract TrainState, its shardings): parameters and moments where the rules say, the carry where it says."""
+def state_layout(init, model, mesh, carry, offload_moments: bool = False):
+    """(abstract TrainState, its shardings): parameters and moments where the rules say, the carry where it says.
+
+    offload_moments: they lie in the host's memory. The optimizer's scalars stay: the loop logs them.
+    """
     abstract = jax.eval_shape(init, model.abstract, carry)
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: everywhere, abstract)
     moments = shardings_like(model.shardings, abstract.opt_state, mesh, model.abstract)
+    if offload_moments:
+        moments = jax.tree.map(lambda place, leaf: on_host(place) if leaf.ndim else place, moments, abstract.opt_state)
     carried = jax.tree.map(lambda leaf: leaf.sharding, carry)
     return abstract, dataclasses.replace(shardings, params=model.shardings, opt_state=moments, carry=carried)
 

@@ -85,7 +85,7 @@ def fit_online(
         return TrainState(jnp.int32(0), params, optimizer.transform.init(params), jax.random.key(run.seed), carry)
 
     carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_everywhere(mesh)), begin())
-    abstract, shardings = state_layout(init, trained, mesh, carry)
+    abstract, shardings = state_layout(init, trained, mesh, carry, config.offload.moments)
     if planned.current():
         state = with_shardings(abstract, shardings)
         planned.finish(*online_programs(config, mesh, model, trained, rollouts, learn, shardings, state, frozen))

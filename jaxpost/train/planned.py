@@ -49,12 +49,11 @@ class Program:
 
 @dataclasses.dataclass
 class Plan:
-    """What is planned. programs: filled by the stage; resident: {what: tree} that lies on the devices all the time."""
+    """What is planned; the stage fills in mesh and programs."""
 
     devices: Sequence
     mesh: Any = None
     programs: list[Program] = dataclasses.field(default_factory=list)
-    resident: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _Finished(BaseException):
@@ -84,11 +83,9 @@ def gone_through(stage: Callable, config, devices: Sequence) -> Plan:
     return plan
 
 
-def finish(*programs: Program, **resident):
+def finish(*programs: Program):
     """Hands over the programs of the stage, and ends it."""
-    plan = current()
-    plan.programs += programs
-    plan.resident |= resident
+    current().programs += programs
     raise _Finished
 
 

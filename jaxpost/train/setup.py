@@ -23,12 +23,12 @@ from jaxpost.data.templates import Template, load_template
 from jaxpost.data.tokenizers import Tokenizer, load_tokenizer
 from jaxpost.errors import ConfigError
 from jaxpost.keys import STAGES_WITH_SCORES
-from jaxpost.models import hf, lora
+from jaxpost.models import hf, lora, quantize
 from jaxpost.models.adapter import Adapter
 from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.schema import imported
-from jaxpost.sharding import batch_shards, make_mesh, named_shardings, platform, with_dtype
+from jaxpost.sharding import batch_shards, make_mesh, named_shardings, on_host, platform, with_dtype
 from jaxpost.train import planned
 from jaxpost.train.adapters import as_loaded, with_adapters
 from jaxpost.train.folder import model_folder
@@ -74,7 +74,9 @@ class Model:
     def load(self, keep=None):
         """The weights that train, each shard read by the device that holds it. keep: see `hf.load_params`."""
         if planned.current():
-            return self.sharded
+            modules = lora.modules_of(self.policy.config)
+            plain = self.quantized == "none"
+            return self.sharded if plain else quantize.abstract(self.quantized, modules, self.sharded)
         if self.loader is not None:
             return self.loader()
         if isinstance(self.policy, Adapter):
@@ -250,9 +252,15 @@ def open_reference(config, model: Model, mesh) -> Model:
 
 
 def reference_weights(config, model: Model) -> Model:
-    """The model, held in the type that precision.reference says: it is never trained."""
+    """The model, held in the type and the memory that precision.reference and offload.reference say: it never trains.
+
+    Not in the host's where it moves: then it is part of the state.
+    """
     dtype = model.policy.compute_dtype if config.precision.reference == "auto" else config.precision.reference
-    return dataclasses.replace(model, abstract=with_dtype(model.abstract, dtype))
+    shardings = model.shardings
+    if config.offload.reference and config.reference.mode != "moving":
+        shardings = on_host(shardings)
+    return dataclasses.replace(model, abstract=with_dtype(model.abstract, dtype), shardings=shardings)
 
 
 def open_data(config, model: Model, kind: str, inspect=None) -> Data:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost.sharding import back, on_device
 from jaxpost.train.optimizer import apply_updates
 from jaxpost.types import Batch, Mean, TrainState
 
@@ -69,7 +70,8 @@ def make_train_step(
             return loss, {"loss": Mean(loss, jnp.float32(1)), **_term_metrics(terms), **metrics}
 
         grads, metrics = _accumulated(jax.grad(loss_fn, has_aux=True), state.params, micro, keys)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, on_device(state.opt_state), state.params)
+        opt_state = back(opt_state, like=state.opt_state)
         params = apply_updates(state.params, updates)
         metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))  # microbatch shares add up to the loss
         for name, value in observe(state.opt_state, opt_state).items() if observe else ():

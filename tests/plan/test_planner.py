@@ -148,6 +148,14 @@ def test_adapters_hold_the_base_once(shape):
     assert "reference" not in found
 
 
+def test_a_quantised_base_is_counted_in_its_bytes(shape):
+    """int8: a byte an entry and a f32 for each block of 64 inputs (of H for o, cut by heads); the rest in bfloat16."""
+    found = planner.estimate(settings(shape, lora={"rank": 4, "quantize": "int8"}), "h100:8").programs[0].ledger
+    entries, of_o, rest = L * LAYER // 8, L * H * h * D // 8, 2 * V * D // 8
+    scales = (entries - of_o) // 64 + of_o // H
+    assert found["base"] == entries + 4 * scales + 2 * (rest + NORMS)
+
+
 def test_a_search_finds_settings_that_fit(shape, monkeypatch):
     monkeypatch.setattr(planner, "plan", lambda config, topology, cache: planner.estimate(config, topology))
     found = search.search(settings(shape), "h100:8", best=4)
@@ -163,6 +171,7 @@ def test_a_search_finds_settings_that_fit(shape, monkeypatch):
         ([], r"--topology: missing"),
         (["--topology=v5e:3x3"], r"v5e comes as 1x1, 2x2, 2x4"),
         (["--topology=v9:2x2"], r"no chip 'v9'; there are v4, v5e"),
+        (["--topology=h100:8", "--config.offload.moments=True"], r"offload\.moments: True.*TPUs only"),
         (["--topology=v5e:2x4", "--config.mesh.fsdp=4"], r"mesh\.fsdp=4.*must be the 8 devices"),
         (
             ["--topology=v5e:2x4", "--config.mesh.tensor=8", "--config.mesh.fsdp=1"],
@@ -218,3 +227,12 @@ def test_a_run_is_shown_beside_its_plan(shape, monkeypatch, capsys):
 
 def test_no_plan_is_shown_of_a_cpu(shape):
     assert promise.promise(settings(shape)) is None
+
+
+def test_what_waits_on_the_host_is_counted_there(shape):
+    pytest.importorskip("libtpu")
+    here = planner.estimate(settings(shape), "v5e:2x4").programs[0]
+    away = planner.estimate(settings(shape, offload={"moments": True, "reference": True}), "v5e:2x4").programs[0]
+    assert away.ledger.get("moments", 0) < 64 and here.ledger["moments"] > 0  # counters stay
+    moved = here.ledger["moments"] + here.ledger["reference"]
+    assert away.host == pytest.approx(moved, abs=64) and away.needs == pytest.approx(here.needs - moved, abs=64)
