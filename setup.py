@@ -62,7 +62,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     # configs/ lies beside the package in the repository, and inside it once installed: `--config=dpo` works in both.
-    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs"],
+    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs", "jaxpost.configs.plans"],
     package_dir={"jaxpost.configs": "configs"},
     package_data={"jaxpost": ["embedded/**/*"]},
     entry_points={"console_scripts": ["jaxpost = jaxpost.cli:console"]},

@@ -77,15 +77,19 @@ def differences(a, b) -> dict[str, tuple[Any, Any]]:
 
 
 def find(name: str) -> pathlib.Path:
-    """A path to a file, or the name of a config (`dpo`, `configs/dpo.py`) in ./configs or in the installed package."""
+    """A path to a file, or the name of a config in ./configs or in the installed package.
+
+    Such a name is `dpo`, `configs/dpo.py` or `plans/llama3_8b_dpo`.
+    """
     path = pathlib.Path(name)
     if path.is_file():
         return path
     package = pathlib.Path(__file__).parent  # a wheel puts configs/ inside it, in a checkout they lie beside it
     folders = [pathlib.Path("configs"), *(p / "configs" for p in (package, package.parent) if (p / "configs").is_dir())]
-    if str(path.parent) in (".", "configs"):
+    within = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    if str(within.parent) in (".", "plans"):
         for folder in folders:
-            found = folder / f"{path.name.removesuffix('.py')}.py"
+            found = folder / within.parent / f"{path.name.removesuffix('.py')}.py"
             if found.is_file():
                 return found
     known = sorted({p.stem for folder in folders for p in folder.glob("*.py")} - {"__init__"})

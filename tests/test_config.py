@@ -302,6 +302,8 @@ def test_configs_are_found_by_path_then_in_the_working_folder_then_in_the_packag
     monkeypatch.chdir(tmp_path)
     packaged = configs.find("dpo")
     assert packaged.samefile(REPOSITORY / "configs" / "dpo.py") and configs.find("configs/dpo.py") == packaged
+    for name in ("plans/llama3_8b_dpo", "configs/plans/llama3_8b_dpo.py"):
+        assert configs.find(name).samefile(REPOSITORY / "configs" / "plans" / "llama3_8b_dpo.py")
     (tmp_path / "configs").mkdir()
     mine = tmp_path / "configs" / "dpo.py"
     mine.write_text("def get_config():\n    return {'stage': 'mine'}\n")
@@ -329,3 +331,14 @@ def test_a_config_file_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
 def test_checking_a_config_loads_no_jax():
     code = "import sys; from jaxpost import config; config.resolve(config.load('dpo')); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs" / "plans").glob("[a-z]*.py")), ids=lambda path: path.stem
+)
+def test_every_plan_is_a_config(path):
+    resolved = configs.resolve(configs.load(str(path)))
+    assert (
+        resolved.model.path.startswith("shape:")
+        and f"--config=configs/plans/{path.name} --topology=" in path.read_text()
+    )
