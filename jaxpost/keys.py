@@ -366,7 +366,7 @@ class RematConfig:
 class OffloadConfig:
     """What waits in the host's memory until the step reads it (docs/performance.md)."""
 
-    moments: bool = key("of the optimizer: read and written once an update", False)
+    moments: bool = key("of the optimizer; all come back at once for an update, so it saves little (measured)", False)
     reference: bool = key("weights that stay: reference, teacher, base of adapters; a layer at a time is read", False)
 
 

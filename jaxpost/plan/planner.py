@@ -199,11 +199,13 @@ def _compiled(program, *, chip, dims, network, elsewhere, mesh) -> ProgramPlan:
     times = _times(line, costs.host_bytes)
     named = {f"{kind} over {' x '.join(axes)}": float(t.bytes) for (kind, axes), t in costs.collectives.items()}
     named |= {f"{kind} over slices": float(t.bytes) for kind, t in costs.between_slices.items()}
+    # What the compiler calls the peak counts arguments that wait in the host's memory too.
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     return ProgramPlan(
         **common,
         arguments=memory.argument_size_in_bytes,
-        temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
+        temporaries=peak - memory.argument_size_in_bytes,
+        peak=peak,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         flops=float(costs.flops),
         hbm_bytes=float(costs.hbm_bytes),
