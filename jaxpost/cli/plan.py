@@ -1,6 +1,7 @@
 """`jaxpost plan --config=dpo --topology=v5e:4x4`: what a run needs on hardware that is not here."""
 
 import json
+import os
 
 from jaxpost import cli
 from jaxpost.errors import ConfigError
@@ -18,6 +19,8 @@ def run(arguments: list[str]) -> int:
     config, flags = cli.parse_config(parser, arguments)
     if not flags.topology:
         raise ConfigError("--topology: missing; give one or more, as in --topology=v5e:4x4")
+    # A plan wants no device, and a TPU that is here may be in use.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
     from jaxpost.plan import planner, search, show  # after the flags are found good: they load jax

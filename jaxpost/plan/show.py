@@ -5,21 +5,24 @@ from rich.table import Table
 
 from jaxpost.plan.planner import GIB, ProgramPlan, TopologyPlan
 
+LEAST = GIB // 200  # bytes: less is shown as 0.00
+
 
 def show(found: TopologyPlan, title: str, console: Console) -> None:
     """Memory, work and time of every program; the last two lines are the peak, and whether it fits."""
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "1"
     how = "an estimate from shapes" if found.estimated else "compiled"
-    console.print(f"{found.topology}: {found.devices} devices ({mesh}), {title}; {how}", style="bold", highlight=False)
+    head = f"{found.topology}: {found.devices} devices ({mesh}), {title}; {how}"
+    console.print(head, style="bold", highlight=False, soft_wrap=True)
     console.print(_memory(found))
     console.print(_work(found))
     if any(program.collectives for program in found.programs):
         console.print(_wires(found))
     for line in _step(found):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     for program in found.programs:
         if program.failure:
-            console.print(f"{program.name}: {program.failure}", highlight=False)
+            console.print(f"{program.name}: {program.failure}", highlight=False, soft_wrap=True)
     console.print(f"peak {found.peak / GIB:.2f} GiB of {found.usable / GIB:.2f} GiB a device", highlight=False)
     console.print("fits" if found.fits else "does not fit", style="bold green" if found.fits else "bold red")
 
@@ -34,7 +37,8 @@ def _table(title: str, found: TopologyPlan) -> Table:
 
 def _memory(found: TopologyPlan) -> Table:
     table = _table("memory, GiB a device", found)
-    names = list(dict.fromkeys(name for program in found.programs for name in program.ledger))
+    shown = [name for program in found.programs for name, size in program.ledger.items() if size >= LEAST]
+    names = list(dict.fromkeys(shown))
     gib = lambda size: "" if not size else f"{size / GIB:.2f}"  # noqa: E731
     for name in names:
         table.add_row(name, *(gib(program.ledger.get(name)) for program in found.programs))
@@ -56,7 +60,8 @@ def _work(found: TopologyPlan) -> Table:
     row("calls in a step", lambda p: f"{p.calls:g}")
     row("TFLOP", lambda p: f"{p.flops / 1e12:.4g}")
     row("bytes of its memory, GB", lambda p: f"{p.hbm_bytes / 1e9:.4g}")
-    for name in dict.fromkeys(name for program in found.programs for name in program.roofline):
+    limits = [name for program in found.programs for name, seconds in program.roofline.items() if seconds]
+    for name in dict.fromkeys(limits):
         row(f"at least, by {name}, s", lambda p, name=name: f"{p.roofline.get(name, 0):.4g}")
     row("bound by", lambda p: p.bound)
     if not found.estimated:
