@@ -81,9 +81,9 @@ def kept(policy: Policy, rows: tuple[int, int], mesh) -> int:
 def working(program: Program, mesh) -> int:
     """Bytes of temporaries at the widest moment of a program: of a layer, of the head or of the embedding."""
     c, sizes = program.policy.config, dict(mesh.shape)
-    if not program.rows[1]:  # caches of some prompts, whole, on their way into slots
+    if not program.rows[1]:  # caches of some prompts, whole, on their way into slots; keys or values of them twice
         cache = program.ledger["KV cache"][-1]
-        return program.rows[0] * held(cache) * batch_shards(mesh) // cache.lengths.shape[0]
+        return 3 * program.rows[0] * held(cache) * batch_shards(mesh) // (2 * cache.lengths.shape[0])
     item, tokens = np.dtype(program.policy.compute_dtype).itemsize, local_tokens(program.rows, mesh)
     return max(_layer(program, sizes, tokens, item), _head(program, sizes, tokens, item), c.embed_dim * item * tokens)
 
