@@ -102,7 +102,9 @@ def test_a_layer_at_a_time_comes_to_a_tpu_in_its_shards(make):
         compiled = jax.jit(lambda params, rows: policy.hidden(params, rows)[0]).lower(params, rows).compile()
     memory, held = compiled.memory_analysis(), ledger.held(params, host=True)
     assert analyse(compiled.as_text(), dict(mesh.shape)).host_bytes == memory.host_argument_size_in_bytes == held
-    assert memory.argument_size_in_bytes < held / 10 and memory.temp_size_in_bytes < held
+    # A period of layers and the next one, whole: each of the four devices holds a quarter of all eight.
+    most = (len(config.pattern) + 1) * 4 * held // 8
+    assert memory.argument_size_in_bytes < held / 10 and memory.temp_size_in_bytes < most
 
 
 @pytest.mark.parametrize(
