@@ -15,9 +15,9 @@ from jaxpost.models.config import ModelConfig
 from jaxpost.models.policy import Policy
 from jaxpost.ops.vocab import PART
 from jaxpost.sharding import batch_shards
+from jaxpost.sharding.memory import KIND
 from jaxpost.train.planned import Program
 
-HOST = "pinned_host"
 GRADIENTS, KEPT, WORKING = "gradients", "kept for the backward pass", "working memory"
 
 
@@ -27,7 +27,7 @@ def held(tree, host: bool = False) -> int:
     def size(leaf):
         shape, place = leaf.shape, getattr(leaf, "sharding", None)
         if place is not None:
-            if (place.memory_kind == HOST) != host:
+            if (place.memory_kind == KIND) != host:
                 return 0
             shape = place.shard_shape(shape)
         elif host:

@@ -5,6 +5,7 @@ needs the GPU, all is counted from shapes (plan/ledger.py) and said to be an est
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -325,6 +326,7 @@ def from_json(text: str) -> TopologyPlan:
     return TopologyPlan(**values | {"programs": tuple(ProgramPlan(**one) for one in values["programs"])})
 
 
+@functools.cache  # it reads all our files, and a search asks for every candidate
 def version() -> str:
     """Of what a plan depends on besides its config: our code, jax and the TPU compiler."""
     digest = hashlib.sha256()
